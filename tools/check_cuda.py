@@ -1,0 +1,50 @@
+"""Gate: every .cu compiles for the development architectures without register spills or a stack frame in any kernel.
+
+``--all`` compiles for the whole release list. Without nvcc there is nothing to check, and the script says so.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVELOPMENT = ["80", "90a"]
+RELEASE = ["75", "80", "86", "89", "90a", "100", "120"]
+# The flags of CMakeLists.txt that decide the code: keep the two in step.
+FLAGS = ["-O3", "-std=c++20", "-fmad=false", "--expt-relaxed-constexpr", "-Xptxas=-v", "-Xcompiler=-fPIC,-ffp-contract=off"]
+
+
+def compile_one(source: Path, arch: str) -> tuple[bool, str]:
+    launcher = ["ccache"] if shutil.which("ccache") else []
+    with tempfile.NamedTemporaryFile(suffix=".o") as output:
+        command = [*launcher, "nvcc", *FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}", "-c", str(source), "-o", output.name]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+    log = run.stdout + run.stderr
+    if run.returncode:
+        return False, log
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
+    spills = [line.strip() for line in log.splitlines() if re.search(r"[1-9]\d* bytes (stack frame|spill)", line)]
+    summary = f"{len(registers)} kernels, at most {max(registers, default=0)} registers"
+    return not spills and bool(registers), summary + ("" if not spills else "; SPILLS: " + "; ".join(spills))
+
+
+def main() -> int:
+    if not shutil.which("nvcc"):
+        print("cuda: nvcc was not found, so no kernel was compiled")
+        return 0
+    failed = False
+    for source in sorted((ROOT / "csrc").rglob("*.cu")):
+        for arch in RELEASE if "--all" in sys.argv else DEVELOPMENT:
+            ok, summary = compile_one(source, arch)
+            print(f"{source.relative_to(ROOT)} sm_{arch}: {summary if ok else 'FAILED: ' + summary}")
+            failed |= not ok
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
