@@ -4,11 +4,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
 
-#include "core/exact_math.h"
 #include "core/philox.h"
 
 namespace py = pybind11;
@@ -47,20 +47,27 @@ void check(std::int64_t seed, std::int64_t draw, std::int64_t stream, std::int64
   require(count >= 0, "count", count, "0 or more");
 }
 
-template <class Fill>  // Fill: (words of one counter, float out[4])
+// Fill: (seed, stream, draw, i) -> the four values of elements 4i .. 4i + 3
+template <class Fill>
 py::array_t<float> generate(std::int64_t seed, std::int64_t count, std::int64_t draw, std::int64_t stream, std::int64_t start, Fill fill) {
   check(seed, draw, stream, start, count);
   py::array_t<float> array(count);
   float* out = array.mutable_data();
   for (std::int64_t e = start; e < start + count;) {
-    const std::uint64_t quad = static_cast<std::uint64_t>(e) / 4;
-    std::uint32_t words[4];
-    genfast::philox(static_cast<std::uint64_t>(seed), quad, static_cast<std::uint32_t>(draw), static_cast<std::uint32_t>(stream), words);
-    float values[4];
-    fill(words, values);
-    for (int j = static_cast<int>(e % 4); j < 4 && e < start + count; ++j, ++e) out[e - start] = values[j];
+    const auto values = fill(static_cast<std::uint64_t>(seed), static_cast<std::uint32_t>(stream), static_cast<std::uint32_t>(draw),
+                             static_cast<std::uint64_t>(e) / 4);
+    for (auto j = e % 4; j < 4 && e < start + count; ++j, ++e) out[e - start] = values[j];
   }
   return array;
+}
+
+std::array<float, 4> four_normals(std::uint64_t seed, std::uint32_t stream, std::uint32_t draw, std::uint64_t i) {
+  return std::to_array(genfast::normals(seed, stream, draw, i).z);
+}
+
+std::array<float, 4> four_uniforms(std::uint64_t seed, std::uint32_t stream, std::uint32_t draw, std::uint64_t i) {
+  const genfast::Words words = genfast::philox(seed, stream, draw, i);
+  return {genfast::uniform(words.w[0]), genfast::uniform(words.w[1]), genfast::uniform(words.w[2]), genfast::uniform(words.w[3])};
 }
 
 }  // namespace
@@ -79,17 +86,11 @@ PYBIND11_MODULE(_C, m) {
                            py::arg("minimum") = k.minimum, py::arg("notes") = k.notes));
     return rows;
   }, "The compiled kernels: a list of dictionaries with op, backend, dtypes, minimum and notes.");
-  m.def("normal", [](std::int64_t seed, std::int64_t count, std::int64_t draw, std::int64_t stream, std::int64_t start) {
-    return generate(seed, count, draw, stream, start, [](const std::uint32_t* w, float* z) {
-      genfast::box_muller(w[0], w[1], z[0], z[1]);
-      genfast::box_muller(w[2], w[3], z[2], z[3]);
-    });
-  }, py::arg("seed"), py::arg("count"), py::arg("draw") = 0, py::arg("stream") = 0, py::arg("start") = 0,
-        "float32 normals of elements start .. start + count - 1, shape (count,): docs/noise.md.");
-  m.def("uniform", [](std::int64_t seed, std::int64_t count, std::int64_t draw, std::int64_t stream, std::int64_t start) {
-    return generate(seed, count, draw, stream, start, [](const std::uint32_t* w, float* u) {
-      for (int j = 0; j < 4; ++j) u[j] = genfast::uniform(w[j]);
-    });
-  }, py::arg("seed"), py::arg("count"), py::arg("draw") = 0, py::arg("stream") = 0, py::arg("start") = 0,
-        "float32 uniforms in [0, 1) of elements start .. start + count - 1, shape (count,): docs/noise.md.");
+  const auto define_noise = [&m](const char* name, auto fill, const char* doc) {
+    m.def(name, [fill](std::int64_t seed, std::int64_t count, std::int64_t draw, std::int64_t stream, std::int64_t start) {
+      return generate(seed, count, draw, stream, start, fill);
+    }, py::arg("seed"), py::arg("count"), py::arg("draw") = 0, py::arg("stream") = 0, py::arg("start") = 0, doc);
+  };
+  define_noise("normal", four_normals, "float32 normals of elements start .. start + count - 1, shape (count,): docs/noise.md.");
+  define_noise("uniform", four_uniforms, "float32 uniforms in [0, 1) of elements start .. start + count - 1, shape (count,): docs/noise.md.");
 }

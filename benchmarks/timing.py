@@ -1,0 +1,123 @@
+"""Side-by-side timing: every variant in one process, interleaved, median and interquartile range, noisy windows discarded."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import genfast
+from genfast.info import cpu_isa
+
+# A parallel region that does next to nothing takes some 10 us on a quiet machine. Above this, a core was taken
+# away (the runtime then waits a scheduler tick), and the round says nothing about the code.
+NOISY_US = 100.0
+
+
+@dataclass
+class Timing:
+    """Microseconds per call."""
+
+    median: float
+    iqr: float
+    rounds: int
+    discarded: int
+
+
+class _Clock:
+    """Seconds that ``call`` takes, on the host clock, or by events on a CUDA device."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.probe = torch.zeros(1 << 16)
+
+    def noisy(self) -> bool:
+        if self.device == "cuda":
+            return False
+        start = time.perf_counter()
+        self.probe.add_(1.0)
+        return (time.perf_counter() - start) * 1e6 > NOISY_US
+
+    def measure(self, call: Callable[[], object], repeats: int) -> float:
+        if self.device == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize()
+            begin.record()
+            for _ in range(repeats):
+                call()
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end) * 1e-3 / repeats
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - start) / repeats
+
+
+def interleave(
+    variants: dict[str, Callable[[], object]], *, device: str = "cpu", rounds: int = 21, round_seconds: float = 0.02, calls_per_run: int = 1
+) -> dict[str, Timing]:
+    """Time every variant in turn, ``rounds`` times. ``calls_per_run``: how many units (say solver steps) one call holds."""
+    clock = _Clock(device)
+    repeats = {}
+    for name, call in variants.items():
+        call()  # warm up: compilation, allocation, page faults
+        call()
+        repeats[name] = max(1, int(round_seconds / max(clock.measure(call, 1), 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    discarded = dict.fromkeys(variants, 0)
+    for _ in range(rounds):
+        for name, call in variants.items():
+            for _ in range(50):
+                before = clock.noisy()
+                seconds = clock.measure(call, repeats[name])
+                if not (before or clock.noisy()):
+                    times[name].append(seconds * 1e6 / calls_per_run)
+                    break
+                discarded[name] += 1
+            else:
+                raise RuntimeError(f"{name}: 50 rounds in a row were disturbed by other work; benchmark on a quiet machine")
+    result = {}
+    for name, values in times.items():
+        low, middle, high = np.percentile(values, [25, 50, 75])
+        result[name] = Timing(float(middle), float(high - low), len(values), discarded[name])
+    return result
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What every row carries: commit, versions, device. CPU and GPU rows are never mixed."""
+    root = Path(__file__).resolve().parent.parent
+    git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    facts: dict[str, Any] = {
+        "commit": git.stdout.strip() or "unknown",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "genfast": genfast.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": device,
+    }
+    if device == "cuda":
+        driver = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False
+        )
+        facts |= {"gpu": torch.cuda.get_device_name(), "driver": driver.stdout.strip(), "cuda": torch.version.cuda}
+    else:
+        model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+        facts |= {"cpu": model or platform.processor(), "isa": cpu_isa(), "threads": torch.get_num_threads()}
+    return facts
+
+
+def append(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append rows to a JSONL file in one write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
