@@ -53,8 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     lines = facts()
     if "--brief" in arguments:
-        print(f"genfast {lines['genfast']}: torch {torch.__version__}, CPU kernels {lines['CPU kernels']} ({lines['CPU ISA']}), "
-              f"CUDA kernels {lines['CUDA kernels']}")
+        print(
+            f"genfast {lines['genfast']}: torch {torch.__version__}, CPU kernels {lines['CPU kernels']} ({lines['CPU ISA']}), "
+            f"CUDA kernels {lines['CUDA kernels']}"
+        )
         return 0
     width = max(map(len, lines))
     for name, value in lines.items():
