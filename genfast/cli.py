@@ -1,0 +1,124 @@
+"""The ``genfast`` command: data, train, sample, bench, info."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Heavy imports (torch) happen inside the commands, so that --help is instant.
+
+
+def _data(arguments: argparse.Namespace) -> None:
+    from genfast import data
+
+    if arguments.action == "list":
+        for name, dataset in data.DATASETS.items():
+            state = "fetched" if (data.directory() / name).exists() else "not fetched"
+            print(f"{name:10} {dataset.summary}\n{'':10} licence {dataset.licence}; {dataset.credit}\n{'':10} {state} ({data.directory() / name})")
+    else:
+        print(data.fetch(arguments.name, arguments.source))
+
+
+def _train_diffusion(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from genfast import data, schedules
+    from genfast.models import UNet, UNetConfig
+    from genfast.train import train_diffusion
+
+    data.fetch(arguments.data)
+    (images, labels), validation = data.hold_out(*data.load(arguments.data), arguments.validation)
+    classes = data.DATASETS[arguments.data].classes
+    noise = getattr(schedules, arguments.noise)()
+    torch.manual_seed(arguments.seed)  # of the initial weights; the training draws are counter-based
+    config = UNetConfig(channels=tuple(arguments.channels), blocks=tuple(arguments.blocks), attention=tuple(map(bool, arguments.attention)),
+                        num_classes=len(classes), time_scale=1000.0 if noise.kind == "flow" else 1.0)  # fmt: skip
+    last = train_diffusion(
+        UNet(config).to(arguments.device), images, labels, validation=validation, about={"data": arguments.data, "classes": classes},
+        out=arguments.out, steps=arguments.steps, batch=arguments.batch, seed=arguments.seed, prediction=arguments.prediction, noise=noise,
+        min_snr=arguments.min_snr, label_dropout=arguments.label_dropout, lr=arguments.lr, lr_schedule=arguments.lr_schedule,
+        warmup=arguments.warmup, ema=arguments.ema, autocast=arguments.autocast, impl=arguments.impl, checkpoint_every=arguments.checkpoint_every,
+        sample_every=arguments.sample_every,
+    )  # fmt: skip
+    print(json.dumps(last))
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "benchmarks" / "run.py").exists():
+        raise RuntimeError("the benchmarks are not part of the installed package; run this in a checkout of the repository")
+    sys.exit(subprocess.run([sys.executable, "-m", "benchmarks.run", *arguments.rest], cwd=root).returncode)
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from genfast import info
+
+    info.main()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="genfast", description="Fast generative models in PyTorch.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    data = commands.add_parser("data", help="fetch and list data sets").add_subparsers(required=True, dest="action", metavar="ACTION")
+    data.add_parser("list", help="what there is").set_defaults(run=_data)
+    fetch = data.add_parser("fetch", help="download, check and unpack a data set")
+    fetch.add_argument("name")
+    fetch.add_argument("--from", dest="source", metavar="DIR|FILE.deb", help="take the files from here instead of downloading")
+    fetch.set_defaults(run=_data)
+
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    train = commands.add_parser("train", help="train a model").add_subparsers(required=True, metavar="FAMILY")
+    diffusion = train.add_parser("diffusion", help="a class-conditional U-Net", formatter_class=formatter)
+    add = diffusion.add_argument
+    add("--data", default="fashion", help="name of a data set")
+    add("--out", required=True, help="directory of everything written; an interrupted run there is continued")
+    add("--steps", type=int, default=8000, help="optimizer steps")
+    add("--batch", type=int, default=64, help="images a step")
+    add("--seed", type=int, default=0, help="of the initial weights and of every draw")
+    add("--validation", type=int, default=1000, help="held-out images")
+    add("--channels", type=int, nargs="+", default=[32, 64, 96], help="of each level of the U-Net")
+    add("--blocks", type=int, nargs="+", default=[1, 2, 1], help="residual blocks of each level")
+    add("--attention", type=int, nargs="+", default=[0, 0, 1], help="1: self-attention in this level")
+    add("--prediction", choices=["epsilon", "v", "x0", "flow"], default="v", help="what the network returns")
+    add("--noise", choices=["cosine", "linear", "scaled_linear", "flow"], default="cosine", help="noise process")
+    add("--min-snr", type=float, help="gamma of min-SNR weighting (5 is usual); off when not given")
+    add("--label-dropout", type=float, default=0.1, help="share of labels dropped, for guidance")
+    add("--lr", type=float, default=1e-3, help="peak learning rate")
+    add("--lr-schedule", choices=["cosine", "constant"], default="cosine")
+    add("--warmup", type=int, default=200, help="steps of linear warm-up")
+    add("--ema", type=float, default=0.05, help="relative width of the average of the weights")
+    add("--autocast", choices=["bfloat16"], help="dtype of matrix products; float32 when not given")
+    add("--impl", choices=["fused", "reference"], default="fused", help="of the noise; the bits are the same")
+    add("--device", default="cpu")
+    add("--checkpoint-every", type=int, default=500, help="steps")
+    add("--sample-every", type=int, default=0, help="steps between sample grids; 0: none")
+    diffusion.set_defaults(run=_train_diffusion)
+
+    bench = commands.add_parser("bench", help="run the benchmarks (in a checkout)")
+    bench.add_argument("rest", nargs=argparse.REMAINDER, help="passed on")
+    bench.set_defaults(run=_bench)
+    commands.add_parser("info", help="what is installed and what it can do").set_defaults(run=_info)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line: 0 on success, 2 with one sentence on stderr for an error a user can mend."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, RuntimeError, OSError, ArithmeticError, ImportError) as error:
+        print(f"genfast: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("genfast: interrupted; a training run continues from its last checkpoint when the same command is given again", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""Layers that the networks in `genfast.models` are made of."""
+
+from genfast.nn.layers import Attention, Downsample, ResBlock, TimeEmbedding, Upsample
+
+__all__ = ["Attention", "Downsample", "ResBlock", "TimeEmbedding", "Upsample"]

@@ -1,0 +1,392 @@
+"""Training of diffusion and flow models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from genfast import schedules
+from genfast.models.unet import UNet, save
+from genfast.schedules import NoiseSchedule
+from genfast.train import ema as averages
+from genfast.train.checkpoint import read_checkpoint, write_atomically, write_checkpoint
+
+# Streams of docs/noise.md. Every random number of a run is a function of (run seed, global sample number).
+TIMES, NOISE, LABELS, ORDER = 1, 2, 4, 5
+VALIDATION = 2**39  # the first sample number of the validation draws, out of reach of training
+
+Prediction = Literal["epsilon", "v", "x0", "flow"]
+Result = TypeVar("Result")
+
+
+def train_diffusion(
+    net: UNet,  #                                 called as net(x, t, y); trained in place, on the device it is on
+    images: NDArray[np.uint8],  #                 (N, H, W) or (N, C, H, W)
+    labels: NDArray[np.integer[Any]] | None = None,  # (N,), each in [0, net.config.num_classes)
+    *,
+    out: str | Path,  #                           directory of everything written; an interrupted run there is continued
+    steps: int,  #                                optimizer steps
+    batch: int = 64,  #                           images a step
+    seed: int = 0,  #                             of the run: times, noise, label dropout and data order follow from it
+    prediction: Prediction = "v",  #              what the network returns: "epsilon", "v", "x0" or "flow" (needs noise=flow())
+    noise: NoiseSchedule | None = None,  #        the process; None: schedules.cosine(1000), or schedules.flow() for "flow"
+    min_snr: float | None = None,  #              gamma of min-SNR weighting (Hang et al. 2023; theirs is 5); None: plain mean squared error
+    label_dropout: float = 0.1,  #                share of labels replaced by "no label", for guidance (Ho and Salimans 2022)
+    lr: float = 1e-3,  #                          peak learning rate of AdamW
+    lr_schedule: Literal["cosine", "constant"] = "cosine",  # after the warm-up: half a cosine down to 0, or flat
+    warmup: int = 200,  #                         steps of linear warm-up
+    betas: tuple[float, float] = (0.9, 0.99),  #  of AdamW
+    weight_decay: float = 0.0,  #                 of AdamW
+    clip_grad: float = 1.0,  #                    largest norm of the gradient
+    ema: float = 0.05,  #                         relative width of the power-function average of the weights (Karras et al. 2024)
+    autocast: Literal["bfloat16"] | None = None,  # dtype of the network's matrix products; weights and state stay float32
+    validation: tuple[NDArray[np.uint8], NDArray[np.integer[Any]] | None] | None = None,  # held-out images and labels
+    log_every: int = 50,  #                       steps between rows of log.jsonl
+    validate_every: int = 500,  #                 steps between validation losses of the averaged weights
+    checkpoint_every: int = 500,  #               steps between checkpoints
+    sample_every: int = 0,  #                     steps between sample grids; 0: none
+    impl: Literal["fused", "reference"] = "fused",  # of the noise; the bits are the same
+    about: Mapping[str, Any] | None = None,  #    further JSON-able words saved with the weights (class names, ...)
+    progress: bool = True,  #                     a progress bar on stderr
+) -> dict[str, Any]:
+    """Train ``net`` to predict from noisy images, and return the last row of the log.
+
+    The process is x_t = alpha(t) x_0 + sigma(t) n with x_0 = images / 127.5 - 1 (Ho et al. 2020; Salimans and Ho 2022 for "v":
+    alpha n - sigma x_0; Liu et al. 2023 for "flow": n - x_0). The loss is the mean squared error of the prediction.
+
+    ``out`` receives config.json, log.jsonl, checkpoint.safetensors (and the one before it), ema.safetensors (averaged weights,
+    `genfast.models.load` reads them), loss.png and samples-STEP.png. A run that was killed at any moment continues from its last
+    checkpoint when called again with the same arguments, and ends with the same bits, on the same device with the same number of
+    threads. A run that is finished returns at once.
+
+    Raises ValueError for bad arguments or if ``out`` holds a run with another configuration, and FloatingPointError if the loss
+    or a gradient is not finite.
+    """
+    noise = noise or (schedules.flow() if prediction == "flow" else schedules.cosine(1000))
+    _check(images, labels, net, validation, noise, prediction, steps, batch, seed, label_dropout, warmup)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    device = next(net.parameters()).device
+    # What decides the bits of the weights; how often something is written does not.
+    config: dict[str, Any] = dict(
+        network=asdict(net.config), data=_digest(images, labels), steps=steps, batch=batch, seed=seed, prediction=prediction,
+        noise=noise.name, noise_shift=noise.shift, noise_table=_digest(noise.alphas_cumprod), min_snr=min_snr, label_dropout=label_dropout,
+        lr=lr, lr_schedule=lr_schedule, warmup=warmup, betas=betas, weight_decay=weight_decay, clip_grad=clip_grad, ema=ema, autocast=autocast,
+    )  # fmt: skip
+    config = json.loads(json.dumps(config))
+    about = {"prediction": prediction, "noise": noise.name, "noise_shift": noise.shift, "noise_steps": noise.steps, **(about or {})}
+    time_name = "flow" if noise.kind == "flow" else "index"
+    about["time"] = time_name
+
+    net.train()
+    parameters = dict(net.named_parameters())
+    average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=lr, betas=betas, weight_decay=weight_decay)
+    gamma = averages.power_gamma(ema)
+    rng = import_module("genfast.reference.noise" if impl == "reference" else "genfast.ops.noise")
+
+    done = 0
+    checkpoint = out / "checkpoint.safetensors"
+    found = read_checkpoint(checkpoint)
+    if found is not None:
+        tensors, state = found
+        _same_config(state["config"], config, out)
+        if state["threads"] != torch.get_num_threads():
+            warnings.warn(
+                f"threads: the run in {out} was at {state['threads']}, this process has {torch.get_num_threads()}; "
+                "it continues, but its bits may differ from those of an uninterrupted run",
+                stacklevel=2,
+            )
+        done = state["step"]
+        _restore(tensors, parameters, average, optimizer)
+    write_atomically(out / "config.json", json.dumps(config, indent=1).encode())
+    rows = _cut_log(out / "log.jsonl", done)
+
+    x_all = images[:, None] if images.ndim == 3 else images
+    order: tuple[int, NDArray[np.int64]] = -1, np.empty(0, np.int64)
+    started, started_at = time.perf_counter(), done
+    running: list[float] = []
+    bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=not progress, dynamic_ncols=True)
+    for step in bar:
+        # The batch: global sample numbers, and everything random about them.
+        numbers = np.arange(step * batch, (step + 1) * batch)
+        chosen = np.empty(batch, np.int64)
+        for epoch in np.unique(numbers // len(images)):
+            if order[0] != epoch:
+                order = int(epoch), _epoch_order(rng, seed, int(epoch), len(images))
+            mine = numbers // len(images) == epoch
+            chosen[mine] = order[1][numbers[mine] % len(images)]
+        seeds = torch.from_numpy(numbers + seed * 2**40)
+        x0 = _to_model(x_all[chosen], device)
+        y = None
+        if labels is not None:
+            dropped = rng.uniform(seeds, (batch, 1), stream=LABELS)[:, 0] < label_dropout
+            y = torch.from_numpy(labels[chosen].astype(np.int64)).masked_fill(dropped, net.null_label).to(device)
+        t = noise.training_time(rng.uniform(seeds, (batch, 1), stream=TIMES)[:, 0].double().numpy())
+        n = rng.normal(seeds, tuple(x0.shape), stream=NOISE, device=device)
+
+        # One step of AdamW.
+        for group in optimizer.param_groups:
+            group["lr"] = lr * _lr_factor(step, steps, warmup, lr_schedule)
+        optimizer.zero_grad()
+        loss = diffusion_loss(net, x0, t, n, y, noise=noise, prediction=prediction, min_snr=min_snr, autocast=autocast).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), clip_grad)
+        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+            raise FloatingPointError(
+                f"step {step}: loss is {loss.item()} and the gradient's norm {norm.item()}; "
+                f"the last good state is in {checkpoint}; try a smaller lr (now {lr}) or autocast=None"
+            )
+        optimizer.step()
+        averages.update(average.values(), parameters.values(), step + 1, gamma)
+
+        # What is written.
+        done = step + 1
+        running.append(loss.item())
+        last = done == steps
+        if done % log_every == 0 or last:
+            rate = (done - started_at) * batch / (time.perf_counter() - started)
+            row = {"step": done, "loss": sum(running) / len(running), "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
+            row["images_per_second"] = round(rate, 1)
+            running.clear()
+            bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+            _append(out / "log.jsonl", rows, row)
+        if validation is not None and (done % validate_every == 0 or last):
+            value = _with(net, average, lambda: validation_loss(net, *validation, rng=rng, seed=seed, noise=noise, prediction=prediction))
+            _append(out / "log.jsonl", rows, {"step": done, "validation_loss": value})
+        if done % checkpoint_every == 0 or last:
+            state = {"step": done, "config": config, "threads": torch.get_num_threads(), "torch": torch.__version__}
+            write_checkpoint(checkpoint, _tensors(parameters, average, optimizer), state)
+            plot_log(rows, out / "loss.png")
+        if sample_every and (done % sample_every == 0 or last):
+            _with(net, average, lambda: sample_grid(net, noise, prediction, seed=seed).save(out / f"samples-{done:06d}.png"))
+
+    save(net, out / "ema.safetensors.tmp", average, **about)
+    (out / "ema.safetensors.tmp").replace(out / "ema.safetensors")
+    net.load_state_dict(average)
+    return rows[-1] if rows else {}
+
+
+def diffusion_loss(
+    net: Callable[..., Tensor],
+    x0: Tensor,
+    t: NDArray[np.float64],
+    n: Tensor,
+    y: Tensor | None,
+    *,
+    noise: NoiseSchedule,
+    prediction: Prediction,
+    min_snr: float | None = None,
+    autocast: str | None = None,
+) -> Tensor:
+    """The loss of each sample, (B,) float32, for clean samples ``x0`` (B, C, H, W) at times ``t`` (B,) with noise ``n`` like x0.
+
+    Mean squared error of the prediction. With ``min_snr`` = gamma it is weighted so that in terms of x_0 the weight is min(SNR, gamma),
+    SNR = (alpha / sigma)^2 (Hang et al. 2023, section 3.4): an error e of the prediction is an error of e * sigma / alpha (epsilon), e * sigma
+    (v, flow) or e (x0) in x_0.
+    """
+    alpha, sigma = noise.alpha_sigma(t)
+    a, s = (torch.from_numpy(c).to(x0)[:, None, None, None] for c in (alpha, sigma))
+    target = {"epsilon": lambda: n, "v": lambda: a * n - s * x0, "x0": lambda: x0, "flow": lambda: n - x0}[prediction]()
+    with torch.autocast(x0.device.type, torch.bfloat16, enabled=autocast == "bfloat16"):
+        output = net(a * x0 + s * n, torch.from_numpy(t).to(x0), y)
+    error = (output.float() - target).square().flatten(1).mean(1)
+    if min_snr is None:
+        return error
+    in_x0 = {"epsilon": (sigma / alpha) ** 2, "v": sigma**2, "x0": np.ones_like(sigma), "flow": sigma**2}[prediction]
+    with np.errstate(divide="ignore"):
+        weight = np.minimum((alpha / sigma) ** 2, min_snr) * in_x0
+    return error * torch.from_numpy(weight).to(error)
+
+
+@torch.no_grad()
+def validation_loss(
+    net: UNet,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.integer[Any]] | None,
+    *,
+    rng: Any,
+    seed: int,
+    noise: NoiseSchedule,
+    prediction: Prediction,
+    batch: int = 250,
+) -> float:
+    """Mean squared error of the prediction on held-out images, in float32, with the same noise and evenly spaced times at every call."""
+    device = next(net.parameters()).device
+    x_all = images[:, None] if images.ndim == 3 else images
+    # A fixed permutation of evenly spaced times: neighbours in the data may be alike.
+    times = noise.training_time((_epoch_order(rng, seed, 0, len(images)) + 0.5) / len(images))
+    total = 0.0
+    for start in range(0, len(images), batch):
+        part = slice(start, min(start + batch, len(images)))
+        seeds = torch.arange(part.start, part.stop) + seed * 2**40 + VALIDATION
+        x0 = _to_model(x_all[part], device)
+        n = rng.normal(seeds, tuple(x0.shape), stream=NOISE, device=device)
+        y = None if labels is None else torch.from_numpy(labels[part].astype(np.int64)).to(device)
+        total += diffusion_loss(net, x0, times[part], n, y, noise=noise, prediction=prediction).double().sum().item()
+    return total / len(images)
+
+
+def sample_grid(net: UNet, noise: NoiseSchedule, prediction: Prediction, *, seed: int = 0, size: int = 28, columns: int = 8) -> Any:
+    """A Pillow image of samples, one row a class, drawn with DPM-Solver++(2M), 20 steps and guidance 2.5."""
+    import genfast
+    from genfast.train.pictures import grid
+
+    classes = max(1, net.config.num_classes)
+    y = torch.arange(classes).repeat_interleave(columns)
+    cond, uncond = ({"y": y}, {"y": torch.full_like(y, net.null_label)}) if net.config.num_classes else ({}, None)
+    denoiser = genfast.Denoiser(net, prediction=prediction, noise=noise, time="flow" if noise.kind == "flow" else "index")
+    sampler = genfast.Sampler("dpmpp_2m", steps=20, sigmas="karras", guidance_scale=2.5 if uncond else 1.0)
+    seeds = range(seed * 2**40, seed * 2**40 + len(y))
+    x = sampler(denoiser, shape=(len(y), net.config.image_channels, size, size), seeds=seeds, cond=cond, uncond=uncond)
+    return grid(x, columns)
+
+
+def plot_log(rows: list[dict[str, Any]], path: Path) -> None:
+    """Plot the loss curves of log.jsonl as PNG; without matplotlib nothing is drawn."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="mean squared error", yscale="log")
+    for key, style in (("loss", "-"), ("validation_loss", "o-")):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1, label=key.replace("_", " "))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _check(
+    images: NDArray[np.uint8],
+    labels: NDArray[np.integer[Any]] | None,
+    net: UNet,
+    validation: tuple[NDArray[np.uint8], NDArray[np.integer[Any]] | None] | None,
+    noise: NoiseSchedule,
+    prediction: str,
+    steps: int,
+    batch: int,
+    seed: int,
+    label_dropout: float,
+    warmup: int,
+) -> None:
+    for name, x in (("images", images), ("validation", images if validation is None else validation[0])):
+        if x.dtype != np.uint8 or x.ndim not in (3, 4) or len(x) == 0:
+            raise ValueError(f"{name}: got {x.dtype} of shape {x.shape}, supported: uint8 of shape (N, H, W) or (N, C, H, W), N at least 1")
+    for name, x, y in (("labels", images, labels), ("validation", *(validation or (images, labels)))):
+        if y is not None and (y.shape != x.shape[:1] or y.min() < 0 or y.max() >= net.config.num_classes):
+            raise ValueError(
+                f"{name}: got labels of shape {y.shape} from {y.min()} to {y.max()}, "
+                f"supported: one per image ({len(x)}), each from 0 to {net.config.num_classes - 1}"
+            )
+    if prediction not in ("epsilon", "v", "x0", "flow"):
+        raise ValueError(f"prediction: got {prediction!r}, supported: 'epsilon', 'v', 'x0', 'flow'")
+    if noise.kind == "ve" or (noise.kind == "flow") != (prediction == "flow"):
+        raise ValueError(f"noise: got the process {noise.name!r} with prediction {prediction!r}, supported: 'flow' with 'flow', a vp process with the rest")
+    for name, value, least, most in (("steps", steps, 1, 2**30), ("batch", batch, 1, 2**30), ("seed", seed, 0, 2**23 - 1), ("warmup", warmup, 0, 2**30)):
+        if not least <= value <= most:
+            raise ValueError(f"{name}: got {value}, supported: an integer from {least} to {most}")
+    if steps * batch > VALIDATION:
+        raise ValueError(f"steps * batch: got {steps * batch} samples, supported: at most {VALIDATION}")
+    if not 0 <= label_dropout <= 1:
+        raise ValueError(f"label_dropout: got {label_dropout}, supported: a share from 0 to 1")
+
+
+def _to_model(images: NDArray[np.uint8], device: torch.device) -> Tensor:
+    return torch.from_numpy(images).to(device).float() / 127.5 - 1
+
+
+def _epoch_order(rng: Any, seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    """The order of the data in an epoch: images sorted by a uniform number of their own, drawn with draw = epoch."""
+    keys = rng.uniform(torch.arange(count) + seed * 2**40, (count, 1), draw=epoch, stream=ORDER)[:, 0].numpy()
+    order: NDArray[np.int64] = np.argsort(keys, kind="stable")
+    return order
+
+
+def _lr_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    return 1.0 if schedule == "constant" else 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _digest(*arrays: NDArray[Any] | None) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(b"none" if array is None else f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _with(net: UNet, weights: dict[str, Tensor], call: Callable[[], Result]) -> Result:
+    """``call()`` with other weights in the network, in eval mode."""
+    own = {name: parameter.data for name, parameter in net.named_parameters()}
+    try:
+        for name, parameter in net.named_parameters():
+            parameter.data = weights[name]
+        net.eval()
+        return call()
+    finally:
+        for name, parameter in net.named_parameters():
+            parameter.data = own[name]
+        net.train()
+
+
+def _tensors(parameters: dict[str, torch.nn.Parameter], average: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {f"model/{name}": p for name, p in parameters.items()} | {f"ema/{name}": a for name, a in average.items()}
+    for name, p in parameters.items():
+        tensors |= {f"optimizer/{key}/{name}": value for key, value in optimizer.state[p].items()}
+    return tensors
+
+
+def _restore(
+    tensors: dict[str, Tensor], parameters: dict[str, torch.nn.Parameter], average: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> None:
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(tensors[f"model/{name}"])
+            average[name].copy_(tensors[f"ema/{name}"])
+            step, first, second = (tensors[f"optimizer/{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq"))
+            optimizer.state[p] = {"step": step, "exp_avg": first.to(p), "exp_avg_sq": second.to(p)}
+
+
+def _same_config(stored: dict[str, Any], wanted: dict[str, Any], out: Path) -> None:
+    for key in wanted:
+        if stored.get(key) != wanted[key]:
+            raise ValueError(
+                f"{key}: got {wanted[key]}, but the run in {out} has {stored.get(key)}; continue it with the same arguments, "
+                "or choose another directory"
+            )
+
+
+def _cut_log(path: Path, step: int) -> list[dict[str, Any]]:
+    """Rows of the log up to ``step``; what a killed run logged after its last checkpoint is cut off and will be written again."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # the last line of a run killed while writing it
+            break
+    rows = [row for row in rows if row["step"] <= step]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return rows
+
+
+def _append(path: Path, rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+    rows.append(row)
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")

@@ -1,0 +1,30 @@
+"""Moving averages of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def power_gamma(sigma_rel: float) -> float:
+    """The exponent of the power-function average whose profile has relative width ``sigma_rel``.
+
+    Karras et al. 2024 ("Analyzing and Improving the Training Dynamics of Diffusion Models"), section 3.1: the average at step t
+    weights the step s as s^gamma, and sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), solved here for gamma.
+    """
+    if not 0 < sigma_rel < 0.28:
+        raise ValueError(f"ema: got {sigma_rel}, supported: a relative width above 0 and below 0.28")
+    t = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
+
+
+@torch.no_grad()
+def update(average: Iterable[Tensor], weights: Iterable[Tensor], step: int, gamma: float) -> None:
+    """Fold the weights after optimizer step ``step`` (1 is the first) into the average, in place.
+
+    Karras et al. 2024, equation 7: average = beta * average + (1 - beta) * weights with beta = (1 - 1/step)^(gamma + 1). The first step copies.
+    """
+    torch._foreach_lerp_(list(average), list(weights), 1 - (1 - 1 / step) ** (gamma + 1))
