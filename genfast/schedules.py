@@ -3,17 +3,39 @@
 A noise process says how a clean sample becomes a noisy one, ``x_t = alpha(t) * x_0 + sigma(t) * n``.
 It is a property of the trained network. A grid says which points of it a solver visits; it is the
 user's choice. Nothing here touches torch.
+
+"sigmas" given or reported to a user are ``sigma / alpha`` for variance preserving and exploding processes (the noise level
+of Karras et al. 2022) and ``t`` for flow processes (the sigma of Esser et al. 2024), where sigma / alpha is infinite at t = 1.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import difflib
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
+
+
+class Point(NamedTuple):
+    """One point of a noise process: its time, and ``x = alpha * x_0 + sigma * n`` there."""
+
+    time: float
+    alpha: float
+    sigma: float
+
+
+def unknown_name(argument: str, got: object, names: Iterable[str]) -> ValueError:
+    """The error for a name that is not one of ``names``; it offers the nearest ones."""
+    names = sorted(names)
+    near = difflib.get_close_matches(str(got), names, n=3, cutoff=0.5)
+    meant = f" (did you mean {' or '.join(near)}?)" if near else ""
+    return ValueError(f"{argument}: got {got!r}{meant}, supported: {', '.join(names)}")
 
 
 @dataclass(frozen=True)
@@ -26,7 +48,7 @@ class NoiseSchedule:
 
     name: str
     kind: Literal["vp", "flow", "ve"]
-    alphas_cumprod: Array | None = None  # (steps,) for "vp", strictly decreasing
+    alphas_cumprod: Array | None = field(default=None, repr=False)  # (steps,) for "vp", strictly decreasing
     sigma_min: float = 0.002  # "ve" only: the smallest and largest sigma of the default grid
     sigma_max: float = 80.0
     shift: float = 1.0  # "flow" only: t -> shift * t / (1 + (shift - 1) * t)
@@ -43,19 +65,50 @@ class NoiseSchedule:
             return np.ones_like(t), t.copy()
         if self.kind == "flow":
             return 1 - t, t.copy()
-        ratio = np.exp(np.interp(t, np.arange(self.steps), np.log(self.sigma_ratios)))
         whole = np.clip(np.rint(t).astype(np.int64), 0, self.steps - 1)
         assert self.alphas_cumprod is not None
         exact = t == whole  # a whole time reads its table entry, without a round trip through log and exp
-        alpha = np.where(exact, np.sqrt(self.alphas_cumprod[whole]), 1 / np.sqrt(1 + ratio**2))
-        sigma = np.where(exact, np.sqrt(1 - self.alphas_cumprod[whole]), ratio / np.sqrt(1 + ratio**2))
-        return alpha, sigma
+        with np.errstate(invalid="ignore"):  # interp meets inf - inf where the last ratio is infinite; `exact` covers that entry
+            ratio = np.exp(np.interp(t, np.arange(self.steps), np.log(self.sigma_ratios)))
+        alpha, sigma = self.at_ratio(ratio)
+        return np.where(exact, np.sqrt(self.alphas_cumprod[whole]), alpha), np.where(exact, np.sqrt(1 - self.alphas_cumprod[whole]), sigma)
+
+    def at_ratio(self, ratio: ArrayLike) -> tuple[Array, Array]:
+        """alpha and sigma where sigma / alpha is ``ratio`` (any shape, 0 and inf included except for "ve")."""
+        ratio = np.asarray(ratio, np.float64)
+        if self.kind == "ve":
+            return np.ones_like(ratio), ratio.copy()
+        with np.errstate(divide="ignore", over="ignore"):
+            if self.kind == "flow":
+                return 1 / (1 + ratio), 1 / (1 + 1 / ratio)
+            return 1 / np.sqrt(1 + ratio**2), 1 / np.sqrt(1 + 1 / ratio**2)
+
+    def at_sigmas(self, sigmas: ArrayLike) -> tuple[Array, Array, Array]:
+        """Time, alpha and sigma at ``sigmas`` as users name them: sigma / alpha, for "flow" t. Times clamp to the process's range."""
+        sigmas = np.asarray(sigmas, np.float64)
+        if self.kind == "flow":
+            return sigmas.copy(), 1 - sigmas, sigmas.copy()
+        return self.time_of(sigmas), *self.at_ratio(sigmas)
+
+    def sigma_of(self, point: Point) -> float:
+        """The sigma of a point as users name it: sigma / alpha, for "flow" t; infinite where a "vp" process has alpha = 0."""
+        if self.kind == "flow":
+            return point.sigma / (point.alpha + point.sigma)
+        return point.sigma / point.alpha if point.alpha else float("inf")
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """Smallest and largest sigma, as users name it, of the default grids."""
+        if self.kind == "vp":
+            return float(self.sigma_ratios[0]), float(self.sigma_ratios[-1])
+        return (0.001, 1.0) if self.kind == "flow" else (self.sigma_min, self.sigma_max)
 
     @property
     def sigma_ratios(self) -> Array:
         """sigma / alpha of every discrete time, (steps,), increasing ("vp" only)."""
         assert self.alphas_cumprod is not None
-        return np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
+        with np.errstate(divide="ignore"):
+            return np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
 
     def time_of(self, ratio: ArrayLike) -> Array:
         """The time whose sigma / alpha is ``ratio``: the inverse of `alpha_sigma`, clamped to the process's range."""
@@ -65,20 +118,20 @@ class NoiseSchedule:
         if self.kind == "flow":
             return np.where(np.isinf(ratio), 1.0, ratio / (1 + np.where(np.isinf(ratio), 0.0, ratio)))
         with np.errstate(divide="ignore"):
-            return np.interp(np.log(ratio), np.log(self.sigma_ratios), np.arange(self.steps, dtype=np.float64))
+            return np.asarray(np.interp(np.log(ratio), np.log(self.sigma_ratios), np.arange(self.steps, dtype=np.float64)), np.float64)
 
     def training_time(self, u: ArrayLike) -> Array:
         """Map uniform draws ``u`` in [0, 1) to training times: whole indices for "vp", shifted t for "flow"."""
         u = np.asarray(u, np.float64)
         if self.kind == "vp":
-            return np.floor(u * self.steps)
+            return np.asarray(np.floor(u * self.steps), np.float64)
         if self.kind == "flow":
             return self.shift * u / (1 + (self.shift - 1) * u)
         return np.exp(np.log(self.sigma_min) + u * (np.log(self.sigma_max) - np.log(self.sigma_min)))
 
 
 def _vp(name: str, betas: Array) -> NoiseSchedule:
-    return NoiseSchedule(name, "vp", alphas_cumprod=np.cumprod(1 - betas))
+    return NoiseSchedule(name, "vp", alphas_cumprod=np.cumprod(1 - betas, dtype=np.float64))
 
 
 def linear(steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
@@ -116,3 +169,163 @@ def flow(shift: float = 1.0) -> NoiseSchedule:
 def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoiseSchedule:
     """Variance exploding, alpha = 1 (Karras et al. 2022, table 1)."""
     return NoiseSchedule("edm", "ve", sigma_min=sigma_min, sigma_max=sigma_max)
+
+
+def zero_terminal_snr(noise: NoiseSchedule) -> NoiseSchedule:
+    """The same "vp" process, shifted and scaled so that its last alpha is 0 (Lin et al. 2024, algorithm 1)."""
+    if noise.kind != "vp" or noise.alphas_cumprod is None:
+        raise ValueError(f"noise: got kind {noise.kind!r}, supported: 'vp'")
+    alpha = np.sqrt(noise.alphas_cumprod)
+    alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
+    return NoiseSchedule(f"{noise.name}_zero_snr", "vp", alphas_cumprod=alpha**2)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The points a solver visits, from noise to data: N + 1 of them for N steps; the last is where the sample is taken, usually sigma 0."""
+
+    noise: NoiseSchedule
+    time: Array  # (N + 1,)
+    alpha: Array  # (N + 1,)
+    sigma: Array  # (N + 1,)
+
+    def __post_init__(self) -> None:
+        with np.errstate(divide="ignore"):
+            ratio = self.sigma / self.alpha
+        if len(ratio) < 2 or np.isnan(ratio).any() or not (np.diff(ratio) < 0).all() or not ratio[-1] >= 0:
+            shown = np.array2string(ratio, precision=4, threshold=8)
+            raise ValueError(f"sigmas: got sigma / alpha of {shown}, supported: at least two, strictly decreasing, none below 0")
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigma) - 1
+
+    @property
+    def ratio(self) -> Array:
+        """sigma / alpha, (N + 1,), decreasing; inf where alpha = 0."""
+        with np.errstate(divide="ignore"):
+            return self.sigma / self.alpha
+
+    @property
+    def log_snr(self) -> Array:
+        """lambda = log(alpha / sigma) (Lu et al. 2022), (N + 1,), increasing; -inf where alpha = 0, inf where sigma = 0."""
+        with np.errstate(divide="ignore"):
+            return -np.log(self.ratio)
+
+    def point(self, i: int) -> Point:
+        return Point(float(self.time[i]), float(self.alpha[i]), float(self.sigma[i]))
+
+    def at(self, ratio: float) -> Point:
+        """The point of the process whose sigma / alpha is ``ratio``, on the grid or not."""
+        alpha, sigma = self.noise.at_ratio(ratio)
+        return Point(float(self.noise.time_of(ratio)), float(alpha), float(sigma))
+
+
+def _through_sigmas(noise: NoiseSchedule, sigmas: Array) -> Grid:
+    return Grid(noise, *noise.at_sigmas(sigmas))
+
+
+def _through_times(noise: NoiseSchedule, times: Array) -> Grid:
+    """Evaluate at ``times``, then arrive at sigma 0."""
+    alpha, sigma = noise.alpha_sigma(times)
+    return Grid(noise, np.append(times, 0.0), np.append(alpha, 1.0), np.append(sigma, 0.0))
+
+
+def _sigma_range(noise: NoiseSchedule, name: str, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
+    low, high = noise.sigma_range
+    low, high = low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max
+    if not 0 < low < high < float("inf"):
+        raise ValueError(f"sigmas: got {name!r} from sigma_max {high:g} to sigma_min {low:g}, supported: 0 < sigma_min < sigma_max < inf")
+    return low, high
+
+
+def karras(noise: NoiseSchedule, steps: int, *, sigma_min: float | None = None, sigma_max: float | None = None, rho: float = 7.0) -> Grid:
+    """sigma^(1/rho) evenly spaced, then 0 (Karras et al. 2022, equation 5). The range defaults to the process's own."""
+    low, high = _sigma_range(noise, "karras", sigma_min, sigma_max)
+    ramp = np.linspace(0, 1, steps)
+    return _through_sigmas(noise, np.append((high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho, 0.0))
+
+
+def exponential(noise: NoiseSchedule, steps: int, *, sigma_min: float | None = None, sigma_max: float | None = None) -> Grid:
+    """log(sigma) evenly spaced, then 0. The range defaults to the process's own."""
+    low, high = _sigma_range(noise, "exponential", sigma_min, sigma_max)
+    return _through_sigmas(noise, np.append(np.exp(np.linspace(np.log(high), np.log(low), steps)), 0.0))
+
+
+def _times(noise: NoiseSchedule, name: str, steps: int, whole: Callable[[int], Array], unit: Array, shift: float | None) -> Grid:
+    if noise.kind == "ve":
+        raise ValueError(f"sigmas: got {name!r} for the {noise.name!r} process, supported there: exponential, karras or a list of sigmas")
+    if noise.kind == "flow":
+        shift = noise.shift if shift is None else shift
+        return _through_times(noise, shift * unit / (1 + (shift - 1) * unit))
+    if steps > noise.steps:
+        raise ValueError(f"steps: got {steps}, supported with sigmas={name!r}: at most the process's {noise.steps} times")
+    return _through_times(noise, whole(noise.steps))
+
+
+def trailing(noise: NoiseSchedule, steps: int, *, shift: float | None = None) -> Grid:
+    """Times evenly spaced from the last one down (Lin et al. 2024, table 2); for flow t = 1, 1 - 1/steps, ..., shifted.
+
+    ``shift`` (flow only) replaces the process's own.
+    """
+    return _times(
+        noise, "trailing", steps, lambda n: np.rint(np.arange(steps, 0, -1) * (n / steps)) - 1, 1 - np.arange(steps) / steps, shift
+    )
+
+
+def leading(noise: NoiseSchedule, steps: int, *, offset: int = 0) -> Grid:
+    """Times 0, c, 2c, ... with c = floor(T / steps), plus ``offset`` (Lin et al. 2024, table 2), from the last down. "vp" only."""
+    if noise.kind == "flow":
+        raise ValueError("sigmas: got 'leading' for the 'flow' process, supported there: exponential, karras, linspace, trailing or a list")
+    unit = np.empty(0)
+    return _times(noise, "leading", steps, lambda n: np.arange(steps, dtype=np.float64)[::-1] * (n // steps) + offset, unit, None)
+
+
+def linspace(noise: NoiseSchedule, steps: int, *, shift: float | None = None) -> Grid:
+    """Times from the last to the first, both included (Lin et al. 2024, table 2); for flow from t = 1 to 0.001, shifted."""
+    return _times(
+        noise, "linspace", steps, lambda n: np.rint(np.linspace(n - 1, 0, steps)), np.linspace(1, 0.001, steps, dtype=np.float64), shift
+    )
+
+
+GRIDS: dict[str, Callable[..., Grid]] = {f.__name__: f for f in (karras, exponential, trailing, leading, linspace)}
+Sigmas = str | Sequence[float] | Array | Callable[[NoiseSchedule, int], Grid] | None
+
+
+def grid(
+    noise: NoiseSchedule, steps: int | None = None, *, sigmas: Sigmas = None, timesteps: Sequence[float] | Array | None = None
+) -> Grid:
+    """The grid a user asked for.
+
+    ``sigmas`` is a name in `GRIDS`, a function ``(noise, steps) -> Grid`` such as ``functools.partial(karras, rho=5)``, or the
+    whole list of sigmas from the first evaluation to where the sample is taken (usually 0). ``timesteps`` is the list of times at
+    which the network is evaluated; sigma 0 follows. Default: "karras" for variance exploding processes, "trailing" for others.
+    Raises ValueError for bad steps, unknown names, both lists, lists that are not strictly decreasing or leave the process.
+    """
+    if sigmas is not None and timesteps is not None:
+        raise ValueError("timesteps: got a list together with sigmas, supported: one of the two")
+    if sigmas is None:
+        sigmas = "karras" if noise.kind == "ve" else "trailing"
+    if timesteps is not None or not (isinstance(sigmas, str) or callable(sigmas)):
+        name, given = ("sigmas", sigmas) if timesteps is None else ("timesteps", timesteps)
+        values = np.asarray(given, np.float64)
+        if values.ndim != 1 or len(values) < (2 if timesteps is None else 1) or not np.isfinite(values).all():
+            raise ValueError(f"{name}: got an array of shape {values.shape}, supported: a list of finite numbers")
+        if not (np.diff(values) < 0).all():
+            raise ValueError(f"{name}: got {np.array2string(values, precision=4, threshold=8)}, supported: strictly decreasing numbers")
+        count = len(values) - (timesteps is None)
+        if steps is not None and steps != count:
+            raise ValueError(f"steps: got {steps} with {name} for {count}, supported: leave steps out, or {count}")
+        low, high = {"vp": (0, noise.steps - 1), "flow": (0, 1), "ve": (0, np.inf)}[noise.kind]
+        if (timesteps is not None or noise.kind == "flow") and (values[-1] < low or values[0] > high):
+            raise ValueError(f"{name}: got {values[-1]:g} to {values[0]:g}, supported by {noise.name!r}: {low:g} to {high:g}")
+        return _through_sigmas(noise, values) if timesteps is None else _through_times(noise, values)
+    if isinstance(sigmas, str) and sigmas not in GRIDS:
+        raise unknown_name("sigmas", sigmas, GRIDS)
+    try:
+        count = operator.index(steps)  # type: ignore[arg-type]
+    except TypeError:
+        count = 0
+    if count < 1 or isinstance(steps, bool):
+        raise ValueError(f"steps: got {steps}, supported: an integer of at least 1")
+    return (GRIDS[sigmas] if isinstance(sigmas, str) else sigmas)(noise, count)

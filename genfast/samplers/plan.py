@@ -1,0 +1,216 @@
+"""A solver is data: a plan is a list of small coefficient rows, one per evaluation of the network, that one kernel executes.
+
+docs/solver-step.md says what the kernel does with a row, docs/solvers.md how the solvers write theirs. Everything here is float64
+on the host, so that a plan can be printed, plotted and tested without a network or a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genfast.ops.solver_step import pack_row
+from genfast.schedules import NoiseSchedule, Point
+
+if TYPE_CHECKING:
+    from .denoiser import Denoiser
+
+# What an output is a combination of: "x" the state, "d" the denoised prediction, "m" the network's output, "noise", a slot's number.
+Term = str | int
+Terms = Mapping[Term, float]
+
+_REGULAR = "a grid that starts at alpha > 0 and evaluates at sigma > 0"
+MAX_SLOTS, MAX_HISTORY, MAX_OUTPUTS = 16, 6, 3  # csrc/ops/solver_step/params.h
+
+
+@dataclass(frozen=True)
+class Row:
+    """One evaluation of the network and what is written after it.
+
+    The network is evaluated on slot 0, which lies at ``point``. ``outputs`` maps a slot to the linear combination written to it.
+    ``draw`` numbers the row's noise (docs/noise.md), from 1; draw 0 is the initial latent. ``denoised`` is the slot that holds
+    the row's denoised prediction afterwards, where one was asked for.
+    """
+
+    point: Point
+    outputs: Mapping[int, Terms]
+    draw: int = 0
+    denoised: int | None = None
+
+    @property
+    def noisy(self) -> bool:
+        return any("noise" in terms for terms in self.outputs.values())
+
+    @property
+    def reads(self) -> list[int]:
+        """The slots read besides the state, in order of first use."""
+        return list(dict.fromkeys(key for terms in self.outputs.values() for key in terms if isinstance(key, int)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows of one solver on one grid. The initial state is ``scale`` times standard normal noise, at the first row's point.
+
+    ``noise_slot`` is the slot that the caller fills with noise before a row that reads it; None: the kernel makes the noise.
+    """
+
+    name: str
+    noise: NoiseSchedule
+    rows: Sequence[Row]
+    slots: int
+    scale: float
+    noise_slot: int | None = None
+
+    def with_denoised(self) -> Plan:
+        """The same plan, every row of which leaves its denoised prediction in a slot (`Row.denoised`)."""
+        rows, extra = [], 0
+        for row in self.rows:
+            slot = next((slot for slot, terms in row.outputs.items() if dict(terms) == {"d": 1.0}), None)
+            if slot in (0, None):
+                slot, extra = self.slots, 1
+                row = replace(row, outputs={**row.outputs, slot: {"d": 1.0}})
+            rows.append(replace(row, denoised=slot))
+        return replace(self, rows=rows, slots=self.slots + extra)
+
+    def with_noise_slot(self) -> Plan:
+        """The same plan, reading its noise from one more slot instead of making it: for noise that comes from elsewhere."""
+        if not any(row.noisy for row in self.rows):
+            return self
+        slot = self.slots
+        rows = []
+        for row in self.rows:
+            outputs = {out: {slot if key == "noise" else key: c for key, c in terms.items()} for out, terms in row.outputs.items()}
+            rows.append(replace(row, outputs=outputs))
+        return replace(self, rows=rows, slots=slot + 1, noise_slot=slot)
+
+    def table(self) -> str:
+        """The plan as text: one line per row with its time, alpha, sigma and outputs."""
+        lines = [f"{self.name}: {len(self.rows)} evaluations, {self.slots} slots, initial scale {self.scale:g}"]
+        lines.append(f"{'row':>4} {'time':>10} {'alpha':>9} {'sigma':>9}  outputs")
+        for k, row in enumerate(self.rows):
+            outputs = []
+            for slot, terms in row.outputs.items():
+                parts = [f"{c:+.6g} {_label(key)}" for key, c in terms.items()]
+                outputs.append(f"s{slot} = {' '.join(parts) or '0'}")
+            point = row.point
+            lines.append(f"{k:>4} {point.time:>10.5g} {point.alpha:>9.6f} {point.sigma:>9.5g}  {'; '.join(outputs)}")
+        return "\n".join(lines)
+
+    def plot(self, target: str | PathLike[str] | Any) -> Any:
+        """Draw the plan's sigmas and the coefficients of its next state; ``target`` is a file to write or a matplotlib Axes.
+
+        Returns the Axes. Needs matplotlib (``pip install genfast[plot]``).
+        """
+        ax: Any = target
+        if isinstance(target, str | PathLike):
+            from matplotlib.figure import Figure
+
+            ax = Figure(figsize=(8, 4.5), layout="constrained").add_subplot()
+        k = np.arange(len(self.rows))
+        ax.semilogy(k, [self.noise.sigma_of(row.point) for row in self.rows], "k.-", label="sigma")
+        ax.set(title=self.name, xlabel="row", ylabel="sigma")
+        right = ax.twinx()
+        for key in dict.fromkeys(key for row in self.rows for key in row.outputs[0]):
+            right.plot(k, [row.outputs[0].get(key, math.nan) for row in self.rows], ".-", alpha=0.6, label=_label(key))
+        right.set_ylabel("coefficients of the next state")
+        ax.figure.legend(loc="outside right upper")
+        if isinstance(target, str | PathLike):
+            ax.figure.savefig(target)
+        return ax
+
+    def compile(
+        self,
+        den: Denoiser,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        guidance: Sequence[float] | float = 1.0,
+        guidance_rescale: float = 0.0,
+        clip: float | None = None,
+        threshold: float | None = None,
+        max_threshold: float = math.inf,
+        model_input: bool = True,
+    ) -> Program:
+        """Pack the rows for the kernel, for one denoiser.
+
+        ``dtype`` is the state's; ``guidance`` one scale or one per row; ``model_input`` whether the kernel writes the next input of
+        the network. The other arguments are those of `Sampler`. Raises ValueError where the denoiser cannot convert a row's point.
+        """
+        scales = [float(guidance)] * len(self.rows) if isinstance(guidance, int | float) else [float(g) for g in guidance]
+        c_in = [den.c_in(row.point) for row in self.rows]
+        packed = [
+            pack_row(
+                convert=den.convert(row.point),
+                outputs=row.outputs,
+                guidance=g,
+                clip=clip or 0.0,
+                next_c_in=next_c_in if model_input else 0.0,
+                rescale=guidance_rescale,
+                quantile=threshold or 0.0,
+                max_threshold=max_threshold,
+                draw=row.draw,
+            )
+            for row, g, next_c_in in zip(self.rows, scales, [*c_in[1:], 0.0], strict=True)
+        ]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return Program(
+            coef=torch.tensor([floats for floats, _ in packed], dtype=wide, device=device),
+            index=torch.tensor([ints for _, ints in packed], dtype=torch.int64, device=device),
+            times=torch.tensor([den.time_value(row.point) for row in self.rows], dtype=torch.float32, device=device),
+            c_in=c_in,
+        )
+
+
+@dataclass(frozen=True)
+class Program:
+    """A plan packed for the kernel."""
+
+    coef: Tensor  # (rows, 40) float32, float64 for a float64 state
+    index: Tensor  # (rows, 12) int64
+    times: Tensor  # (rows,) float32, what the network is fed
+    c_in: list[float]  # of every row's point
+
+
+def _label(term: Term) -> str:
+    return term if isinstance(term, str) else f"s{term}"
+
+
+def assemble(name: str, noise: NoiseSchedule, rows: Iterable[Row]) -> Plan:
+    """Number the noise, drop the terms that are exactly zero, and check what a solver yielded.
+
+    Raises ValueError for a coefficient that is not finite, a slot read before it is written, or a row the kernel cannot hold.
+    """
+    try:
+        with np.errstate(all="ignore"):  # what is not finite is found below, with the row it is in
+            rows = list(rows)
+    except ZeroDivisionError:
+        raise ValueError(f"solver: got {name!r} on a grid that it divides by zero on, supported: {_REGULAR}") from None
+    done: list[Row] = []
+    written = {0}
+    for k, row in enumerate(rows):
+        outputs = {slot: {key: float(c) for key, c in terms.items() if c != 0} for slot, terms in sorted(row.outputs.items())}
+        row = Row(row.point, outputs)
+        row = replace(row, draw=k + 1 if row.noisy else 0)
+        if not all(math.isfinite(c) for terms in outputs.values() for c in terms.values()):
+            raise ValueError(f"solver: got {name!r} with a coefficient that is not finite in row {k}, supported: {_REGULAR}")
+        unwritten = [slot for slot in row.reads if slot not in written]
+        if 0 not in outputs or unwritten:
+            what = f"reads slots {unwritten} before they are written" if unwritten else "does not write the state, slot 0"
+            raise ValueError(f"solver: got {name!r}, whose row {k} {what}")
+        if len(outputs) > MAX_OUTPUTS or len(row.reads) > MAX_HISTORY or max(outputs) >= MAX_SLOTS:
+            raise ValueError(
+                f"solver: got {name!r} with {len(outputs)} outputs, {len(row.reads)} slots read and slot {max(outputs)} in row {k}, "
+                f"supported: {MAX_OUTPUTS} outputs, {MAX_HISTORY} slots read and slots below {MAX_SLOTS}"
+            )
+        written |= set(outputs)
+        done.append(row)
+    first = done[0].point
+    # A variance preserving state has variance 1 at every time, as its networks were trained; elsewhere the data's share is negligible.
+    return Plan(name, noise, done, max(written) + 1, 1.0 if noise.kind == "vp" else first.sigma)

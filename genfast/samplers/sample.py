@@ -1,0 +1,370 @@
+"""Sampling: a plan, a denoiser, one kernel launch per evaluation of the network."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from genfast import ops, reference
+from genfast.schedules import NoiseSchedule, Sigmas, grid
+
+from .denoiser import Condition, Denoiser
+from .plan import Plan, Program
+from .solvers import Solver, find_solver, make_plan
+
+Callback = Callable[[int, float, Tensor, Tensor], None]
+Seeds = Sequence[int] | Tensor | None
+
+_NAMESPACES: dict[str, ModuleType] = {"fused": ops, "reference": reference}
+_CHANNELS_LAST = {torch.channels_last: 4, torch.channels_last_3d: 5}
+_NEVER = torch.iinfo(torch.int64).max  # what the watch holds while every state is finite
+
+
+class Sampler:
+    """A solver, a grid and the options of a run; calling it on a `Denoiser` draws samples.
+
+    ``solver``: a name in `genfast.samplers.SOLVERS`, or a function from a `Grid` to rows; ``options`` are its own (``eta=``, ``order=``).
+    ``steps``, ``sigmas``, ``timesteps``: the grid, as `genfast.schedules.grid` takes them.
+    ``guidance_scale``: g of uncond + g (cond - uncond) (Ho and Salimans 2022), or a function of sigma (sigma / alpha; for flows t), such as
+    a guidance interval. Where it is 1 the unconditional half is not evaluated. ``guidance_rescale``: phi of Lin et al. 2024, equation 16.
+    ``clip``: clamp the denoised prediction to [-clip, clip]. ``threshold``: dynamic threshold at this quantile (Saharia et al. 2022),
+    to at most ``max_threshold``.
+    ``impl``: "fused" (kernels) or "reference" (plain PyTorch); both give the same bits.
+    ``callback``: called as ``callback(step, sigma, x, denoised)`` after every evaluation, with the state it led to and the denoised
+    prediction at ``sigma``, both (B, \\*sample) views that the next evaluation overwrites. It returns None.
+    ``capture``: record the network and the step in one CUDA graph and replay it; CUDA only, and the network must be capturable.
+    ``check_every``: look for states that are not finite after every so many evaluations (each look waits for the device), besides the end.
+    ``dtype``: of the state and its history; ``memory_format``: of state and network input.
+    """
+
+    def __init__(
+        self,
+        solver: str | Solver = "dpmpp_2m",
+        steps: int | None = None,
+        *,
+        sigmas: Sigmas = None,
+        timesteps: Sequence[float] | None = None,
+        guidance_scale: float | Callable[[float], float] = 1.0,
+        guidance_rescale: float = 0.0,
+        clip: float | None = None,
+        threshold: float | None = None,
+        max_threshold: float = math.inf,
+        impl: Literal["fused", "reference"] = "fused",
+        progress: bool = True,
+        callback: Callback | None = None,
+        capture: bool = False,
+        check_every: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        **options: Any,
+    ) -> None:
+        find_solver(solver, options)
+        if impl not in _NAMESPACES:
+            raise ValueError(f"impl: got {impl!r}, supported: fused, reference")
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip: got {clip}, supported: None or a number above 0")
+        if threshold is not None and not 0 < threshold <= 1:
+            raise ValueError(f"threshold: got {threshold}, supported: None or a quantile in (0, 1]")
+        if not max_threshold >= 1:
+            raise ValueError(f"max_threshold: got {max_threshold}, supported: a number of at least 1")
+        if not 0 <= guidance_rescale <= 1:
+            raise ValueError(f"guidance_rescale: got {guidance_rescale}, supported: a number in [0, 1]")
+        if not (callable(guidance_scale) or math.isfinite(guidance_scale)):
+            raise ValueError(f"guidance_scale: got {guidance_scale}, supported: a finite number or a function of sigma")
+        if check_every is not None and check_every < 1:
+            raise ValueError(f"check_every: got {check_every}, supported: None or an integer of at least 1")
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype: got {dtype}, supported: a floating point dtype")
+        if memory_format not in (torch.contiguous_format, *_CHANNELS_LAST):
+            raise ValueError(f"memory_format: got {memory_format}, supported: contiguous_format, channels_last, channels_last_3d")
+        self.solver, self.options = solver, options
+        self.steps, self.sigmas, self.timesteps = steps, sigmas, timesteps
+        self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
+        self.clip, self.threshold, self.max_threshold = clip, threshold, max_threshold
+        self.impl, self.progress, self.callback = impl, progress, callback
+        self.capture, self.check_every = capture, check_every
+        self.dtype, self.memory_format = dtype, memory_format
+        self.last_seeds: list[int] | None = None  # of the latest call; None after a call with a generator
+
+    def plan(self, noise: NoiseSchedule) -> Plan:
+        """The plan this sampler executes on a process: inspect it with `Plan.table` and `Plan.plot`."""
+        return make_plan(self.solver, grid(noise, self.steps, sigmas=self.sigmas, timesteps=self.timesteps), **self.options)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        den: Denoiser,
+        shape: Sequence[int],
+        *,
+        seeds: Seeds = None,
+        generator: torch.Generator | None = None,
+        cond: Condition = None,
+        uncond: Condition = None,
+        init: Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Draw samples of ``shape`` (B, \\*sample); returns them in the state's dtype.
+
+        ``seeds``: B integers in [0, 2^63) (a list, a range or an int64 tensor), one per sample: sample i depends on its own seed alone.
+        None draws them from torch's CPU generator; `last_seeds` reports them. ``generator``: draw all noise with torch instead.
+        ``cond``, ``uncond``: what `Denoiser` passes to the network, for the B samples; with guidance both halves run as one batch of 2B,
+        the unconditional half first. ``init`` (B, \\*sample): start from alpha init + sigma noise at the grid's first point.
+        Raises ValueError for bad arguments, before anything is drawn, and FloatingPointError naming the sample and the evaluation.
+        """
+        shape, device = _check_shape(shape), _device(den, device)
+        plan = self.plan(den.noise)
+        scale = self.guidance_scale
+        scales = [float(scale(den.noise.sigma_of(row.point)) if callable(scale) else scale) for row in plan.rows]
+        guided = [g != 1 for g in scales]
+        self._check_call(shape, device, seeds, generator, uncond, init, any(guided))
+        seed_values = None if generator is not None else _seed_values(seeds, shape[0])
+        self.last_seeds = None if seed_values is None else seed_values.tolist()
+        both = _stack(uncond, cond, shape[0]) if any(guided) else cond
+        if 0 in shape:
+            return torch.empty(shape, dtype=self.dtype, device=device)
+        if generator is not None:
+            plan = plan.with_noise_slot()
+        if self.callback is not None:
+            plan = plan.with_denoised()
+        return _Run(self, den, plan, scales, guided, shape, device, seed_values, generator, (cond, both), init).samples()
+
+    def _check_call(
+        self,
+        shape: tuple[int, ...],
+        device: torch.device,
+        seeds: Seeds,
+        generator: torch.Generator | None,
+        uncond: Condition,
+        init: Tensor | None,
+        guided: bool,
+    ) -> None:
+        if seeds is not None and generator is not None:
+            raise ValueError("generator: got one together with seeds, supported: one of the two")
+        if guided and uncond is None:
+            raise ValueError(f"uncond: got None with guidance_scale {self.guidance_scale}, supported: the unconditional half's condition")
+        if init is not None and tuple(init.shape) != shape:
+            raise ValueError(f"init: got shape {tuple(init.shape)}, supported: {shape}")
+        if _CHANNELS_LAST.get(self.memory_format, len(shape)) != len(shape):
+            raise ValueError(f"memory_format: got {self.memory_format} for {len(shape)} dimensions, supported: {_CHANNELS_LAST}")
+        if self.capture and device.type != "cuda":
+            raise ValueError(f"capture: got True on {device.type!r}, supported: CUDA devices, because it records a CUDA graph")
+        if self.capture and self.impl != "fused":
+            raise ValueError("capture: got True with impl='reference', supported: 'fused', because the reference reads rows on the host")
+
+
+class _Run:
+    """The buffers of one call and the loop over them. Every buffer is written in place, so that a captured step can be replayed."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        den: Denoiser,
+        plan: Plan,
+        scales: list[float],
+        guided: list[bool],
+        shape: tuple[int, ...],
+        device: torch.device,
+        seeds: Tensor | None,
+        generator: torch.Generator | None,
+        conditions: tuple[Condition, Condition],
+        init: Tensor | None,
+    ) -> None:
+        self.sampler, self.den, self.plan, self.guided = sampler, den, plan, guided
+        self.batch, self.generator, self.conditions = shape[0], generator, conditions
+        self.namespace = _NAMESPACES[sampler.impl]
+        input_dtype = den.input_dtype(sampler.dtype)
+        # The state itself can be the network's input, unless it is scaled, cast or doubled.
+        separate = any(guided) or input_dtype != sampler.dtype or any(den.c_in(row.point) != 1 for row in plan.rows)
+        self.program: Program = plan.compile(
+            den,
+            dtype=sampler.dtype,
+            device=device,
+            guidance=scales,
+            guidance_rescale=sampler.guidance_rescale,
+            clip=sampler.clip,
+            threshold=sampler.threshold,
+            max_threshold=sampler.max_threshold,
+            model_input=separate,
+        )
+        self.seeds = None if seeds is None else seeds.to(device)
+        self.ring = _ring(plan.slots, shape, sampler.dtype, device, sampler.memory_format)
+        self._start(shape, init)
+        self.model_input: Tensor | None = None
+        if separate:
+            copies = 2 if any(guided) else 1
+            layout = sampler.memory_format
+            self.model_input = torch.empty((copies * shape[0], *shape[1:]), dtype=input_dtype, device=device, memory_format=layout)
+            first = self.ring[0].to(self.program.coef.dtype) * self.program.c_in[0]
+            self.model_input.copy_(first.repeat(copies, *[1] * (len(shape) - 1)))
+        self.counter = torch.zeros(1, dtype=torch.int64, device=device)
+        self.watch = torch.full((shape[0],), _NEVER, dtype=torch.int64, device=device)
+        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+
+    def _start(self, shape: tuple[int, ...], init: Tensor | None) -> None:
+        state, point = self.ring[0], self.plan.rows[0].point
+        if self.seeds is None:
+            self._draw(state)
+        else:
+            layout = self.sampler.memory_format
+            state.copy_(self.namespace.normal(self.seeds, shape, dtype=state.dtype, memory_format=layout))
+        if init is None:
+            state.mul_(self.plan.scale)
+        else:
+            state.mul_(point.sigma).add_(init.to(state), alpha=point.alpha)
+
+    def _draw(self, out: Tensor) -> None:
+        assert self.generator is not None
+        out.copy_(torch.randn(out.shape, generator=self.generator, device=self.generator.device, dtype=out.dtype))
+
+    def _step(self, guided: bool) -> None:
+        """Evaluate the network and execute the row the counter points at. Nothing here depends on the row."""
+        x = self.ring[0] if self.model_input is None else self.model_input
+        if self.model_input is not None and not guided:
+            x = x[-self.batch :]  # the conditional half
+        t = self.program.times.index_select(0, self.counter).expand(len(x))
+        out = self.den.evaluate(x, t, self.conditions[guided])
+        self.namespace.solver_step_(
+            self.ring,
+            out,
+            self.program.coef,
+            self.program.index,
+            self.counter,
+            seeds=self.seeds,
+            model_input=self.model_input,
+            watch=self.watch,
+            rescale=guided and self.sampler.guidance_rescale != 0,
+            threshold=self.sampler.threshold is not None,
+        )
+        self.counter += 1
+
+    def _captured_step(self, guided: bool, seen: set[bool]) -> None:
+        """The first step of a kind runs as it is and warms everything up, the second is recorded, and all from it on are replayed."""
+        if guided not in seen:
+            seen.add(guided)
+            self._step(guided)
+            return
+        if guided not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step(guided)
+            self.graphs[guided] = graph
+        self.graphs[guided].replay()
+
+    def samples(self) -> Tensor:
+        seen: set[bool] = set()
+        rows = self.plan.rows
+        for k in _bar(range(len(rows)), self.sampler.progress):
+            row = rows[k]
+            if self.plan.noise_slot in row.reads:
+                self._draw(self.ring[self.plan.noise_slot])
+            if self.sampler.capture:
+                self._captured_step(self.guided[k], seen)
+            else:
+                self._step(self.guided[k])
+            if self.sampler.callback is not None and row.denoised is not None:
+                returned = self.sampler.callback(k, self.den.noise.sigma_of(row.point), self.ring[0], self.ring[row.denoised])  # type: ignore[func-returns-value]
+                if returned is not None:
+                    raise TypeError(f"callback: returned a {type(returned).__name__}, supported: None")
+            if self.sampler.check_every and (k + 1) % self.sampler.check_every == 0:
+                self._check_finite()
+        self._check_finite()
+        return self.ring[0].clone()
+
+    def _check_finite(self) -> None:
+        watch = self.watch.cpu()
+        if (watch != _NEVER).any():
+            sample = int(watch.argmin())
+            k = int(watch[sample])
+            seed = "" if self.seeds is None else f" (seed {int(self.seeds[sample])})"
+            sigma = self.den.noise.sigma_of(self.plan.rows[k].point)
+            raise FloatingPointError(
+                f"sample {sample}{seed}: not finite after evaluation {k + 1} of {len(self.plan.rows)}, at sigma {sigma:g}; "
+                f"{int((watch != _NEVER).sum())} of {self.batch} samples are not finite"
+            )
+
+
+def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    try:
+        sizes = tuple(operator.index(n) for n in shape)
+    except TypeError:
+        sizes = ()
+    if not sizes or min(sizes) < 0:
+        raise ValueError(f"shape: got {shape}, supported: (B, *sample), integers of at least 0")
+    return sizes
+
+
+def _device(den: Denoiser, device: torch.device | str | None) -> torch.device:
+    if device is None and isinstance(den.net, torch.nn.Module):
+        device = next((p.device for p in den.net.parameters()), None)
+    return torch.device(device or "cpu")
+
+
+def _seed_values(seeds: Seeds, batch: int) -> Tensor:
+    if seeds is None:
+        return torch.randint(0, 2**63 - 1, (batch,), dtype=torch.int64)
+    if isinstance(seeds, Tensor):
+        if seeds.dtype != torch.int64 or seeds.ndim != 1:
+            raise ValueError(f"seeds: got {seeds.dtype} of shape {tuple(seeds.shape)}, supported: torch.int64 ({batch},)")
+        values = seeds.tolist()
+    else:
+        try:
+            values = [operator.index(seed) for seed in seeds]
+        except TypeError:
+            raise ValueError(f"seeds: got {seeds!r}, supported: {batch} integers, one per sample, or None") from None
+    if len(values) != batch:
+        raise ValueError(f"seeds: got {len(values)}, supported: {batch}, one per sample")
+    wrong = [seed for seed in values if not 0 <= seed < 2**63]
+    if wrong:
+        raise ValueError(f"seeds: got {wrong[0]}, supported: integers in [0, 2^63)")
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _stack(uncond: Condition, cond: Condition, batch: int) -> Condition:
+    """Both halves' condition as one, the unconditional first. Tensors are stacked along the batch; anything else must be the same."""
+    if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
+        return _stack_tensors("cond", uncond, cond, batch)
+    if not (isinstance(cond, Mapping) and isinstance(uncond, Mapping) and cond.keys() == uncond.keys()):
+        raise ValueError(f"uncond: got {_kind(uncond)} with cond {_kind(cond)}, supported: two tensors, or two mappings with the same keys")
+    stacked: dict[str, Any] = {}
+    for key, value in cond.items():
+        if isinstance(value, Tensor) and isinstance(uncond[key], Tensor):
+            stacked[key] = _stack_tensors(f"cond[{key!r}]", uncond[key], value, batch)
+        elif type(value) is type(uncond[key]) and value == uncond[key]:
+            stacked[key] = value
+        else:
+            raise ValueError(f"uncond[{key!r}]: got {uncond[key]!r} with cond {value!r}, supported: two tensors, or equal values")
+    return stacked
+
+
+def _kind(cond: Condition) -> str:
+    return f"a mapping of {sorted(cond)}" if isinstance(cond, Mapping) else f"a {type(cond).__name__}"
+
+
+def _stack_tensors(name: str, uncond: Tensor, cond: Tensor, batch: int) -> Tensor:
+    if cond.shape[:1] != (batch,):
+        raise ValueError(f"{name}: got shape {tuple(cond.shape)}, supported: ({batch}, ...), one entry per sample")
+    if uncond.shape != cond.shape:
+        if uncond.shape[1:] != cond.shape[1:] or uncond.shape[:1] != (1,):
+            raise ValueError(f"un{name}: got shape {tuple(uncond.shape)}, supported: {tuple(cond.shape)}, or 1 for its batch")
+        uncond = uncond.expand_as(cond)
+    return torch.cat([uncond, cond])
+
+
+def _ring(slots: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, layout: torch.memory_format) -> Tensor:
+    if layout == torch.contiguous_format:
+        return torch.empty((slots, *shape), dtype=dtype, device=device)
+    return torch.empty((slots, shape[0], *shape[2:], shape[1]), dtype=dtype, device=device).movedim(-1, 2)
+
+
+def _bar(rows: range, progress: bool) -> Any:
+    if not progress:
+        return rows
+    from tqdm import tqdm
+
+    return tqdm(rows, disable=None, leave=False)  # None: only on a terminal
