@@ -34,7 +34,8 @@ def solver_step_(
     a ``cond`` of (2B, \\*sample) without ``uncond`` holds both, the unconditional half first. ``coef`` (rows, 40) in float32, float64
     with a float64 state; ``index`` (rows, 12) int64; ``counter`` (1,) int64; ``seeds`` (B,) int64, needed by rows that draw noise.
     ``model_input`` (B or 2B, \\*sample) receives ``c_in * state`` where the row asks for it, ``watch`` (B,) int64 the smallest row
-    whose first output was not finite. ``rescale`` and ``threshold`` say whether rows may use those two; where False, a row's own are ignored.
+    whose first output was not finite. ``rescale`` and ``threshold`` say whether rows may use those two; where False, phi and quantile
+    of every row count as 0.
     """
     row = int(counter)
     integers = index[row].tolist()

@@ -1,0 +1,6 @@
+"""The operators: checks, kernels, derivatives. Same names and signatures as `genfast.reference`, which specifies them."""
+
+from .noise import normal, uniform
+from .solver_step import pack_row, solver_step, solver_step_
+
+__all__ = ["normal", "pack_row", "solver_step", "solver_step_", "uniform"]

@@ -1,0 +1,53 @@
+"""Checks of arguments that the operators share. Every refusal is one sentence: the argument, what came, what is supported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def refusal(name: str, got: object, supported: str) -> ValueError:
+    return ValueError(f"{name}: got {got}, supported: {supported}")
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise refusal(name, dtype, ", ".join(str(d) for d in DTYPES))
+
+
+def check_tensor(name: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    if t.shape != shape:
+        raise refusal(name, f"shape {tuple(t.shape)}", f"{tuple(shape)}")
+    if t.dtype != dtype:
+        raise refusal(name, t.dtype, str(dtype))
+    if t.device != device:
+        raise refusal(name, f"a tensor on {t.device}", f"{device}")
+
+
+def check_mutable(name: str, t: Tensor) -> None:
+    if t.requires_grad:
+        raise refusal(name, "requires_grad=True", "a tensor without gradient, because it is overwritten")
+
+
+def readable(t: Tensor) -> bool:
+    """Whether the values can be checked: in host memory (a device would have to be waited for) and not being traced."""
+    return t.is_cpu and not torch.compiler.is_compiling() and type(t) is Tensor and not torch._C._are_functorch_transforms_active()
+
+
+def check_seeds(seeds: Tensor, batch: int, device: torch.device) -> None:
+    if seeds.shape != (batch,) or seeds.dtype != torch.int64 or seeds.device != device:
+        raise refusal(
+            "seeds", f"{seeds.dtype} {tuple(seeds.shape)} on {seeds.device}", f"torch.int64 ({batch},) on {device}, one per sample"
+        )
+    if readable(seeds) and batch and (lowest := int(seeds.min())) < 0:
+        raise refusal("seeds", lowest, "integers in [0, 2^63)")
+
+
+def bump_versions(tensors: Iterable[Tensor | None]) -> None:
+    """Tell autograd that kernels wrote these (a compiled graph and an inference tensor keep no such count)."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([t for t in tensors if t is not None and not t.is_inference()])
