@@ -1,0 +1,100 @@
+"""Tables of README and docs from the rows in benchmarks/results/, and from nothing else.
+
+``python -m benchmarks.report`` rewrites every block between ``<!-- benchmark:NAME -->`` and ``<!-- /benchmark -->``;
+``--check`` fails when a block is not what the rows say. A row without a GPU never enters a GPU table, and the other way round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ["README.md", "docs/performance.md"]
+BLOCK = re.compile(r"(<!-- benchmark:(\S+) -->\n)(.*?)(<!-- /benchmark -->)", re.DOTALL)
+
+Row = dict[str, Any]
+
+
+def read_rows(name: str) -> list[Row]:
+    """The rows of benchmarks/results/NAME.jsonl; a later row of the same case, variant and threads replaces an earlier one."""
+    path = RESULTS / f"{name}.jsonl"
+    if not path.exists():
+        return []
+    latest: dict[tuple[Any, ...], Row] = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        latest[row["case"], row["variant"], row.get("threads"), row["device"]] = row
+    return list(latest.values())
+
+
+def time_text(us: float) -> str:
+    return f"{us / 1000:.2f} ms" if us >= 1000 else f"{us:.0f} us"
+
+
+def steps_table(rows: list[Row]) -> str:
+    """One line a case: genfast beside diffusers, the compiled expression and the reference, with ratios and the share of copy bandwidth."""
+    lines = [
+        "| case | genfast | diffusers | ratio | torch.compile | ratio | reference | share of copy bandwidth |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    cases: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], {})[row["variant"]] = row
+    for case, variants in cases.items():
+        if "genfast" not in variants:
+            continue
+        ours = variants["genfast"]
+        cells = [case, time_text(ours["median_us"])]
+        for name in ("diffusers", "compiled"):
+            other = variants.get(name)
+            cells += [time_text(other["median_us"]), f"{other['median_us'] / ours['median_us']:.1f}x"] if other else ["-", "-"]
+        cells.append(time_text(variants["reference"]["median_us"]) if "reference" in variants else "-")
+        cells.append(f"{ours['share_of_copy']:.0%}" if ours.get("share_of_copy") else "-")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def source_line(rows: list[Row]) -> str:
+    row = rows[-1]
+    machine = row.get("gpu") or f"{row.get('cpu')}, {row.get('threads')} threads, {row.get('isa')}"
+    return f"Median per step on {machine}, torch {row['torch']}, commit {row['commit']}, {row['date']}; `{row['command']}`."
+
+
+def block(name: str) -> str:
+    """The text of one block; NAME is file[:threads]."""
+    file, _, threads = name.partition(":")
+    rows = [r for r in read_rows(file) if not threads or str(r.get("threads")) == threads]
+    return f"{steps_table(rows)}\n\n{source_line(rows)}\n" if rows else "No rows yet.\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when a page differs from its rows")
+    arguments = parser.parse_args()
+    stale = []
+    for page in PAGES:
+        path = ROOT / page
+        if not path.exists():
+            continue
+        old = path.read_text()
+        new = BLOCK.sub(lambda m: m[1] + block(m[2]) + m[4], old)
+        if new != old:
+            stale.append(page)
+            if not arguments.check:
+                path.write_text(new)
+    print(
+        f"report: {'stale' if arguments.check else 'rewritten'}: {', '.join(stale)}"
+        if stale
+        else "report: every table is what its rows say"
+    )
+    return int(arguments.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""The benchmarks run and write rows; their figures are nobody's business here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import report
+from benchmarks.cases import step_cases
+from benchmarks.composites import StockRun, expression
+from benchmarks.run import Fused
+from genfast import ops
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_quick_run_writes_rows(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.run", "--quick", "--device", "cpu", "--out", str(tmp_path), "--filter", "2M"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    rows = [json.loads(line) for line in (tmp_path / "steps-cpu.jsonl").read_text().splitlines()]
+    assert {row["variant"] for row in rows} == {"genfast", "reference", "copy"}
+    for row in rows:
+        assert row["median_us"] > 0 and row["device"] == "cpu" and row["torch"] == torch.__version__ and "2M" in row["case"]
+
+
+@pytest.mark.parametrize("case", step_cases((2, 3, 16, 16), (1, 4, 8, 8)), ids=lambda c: c.name)
+def test_the_timed_variants_compute_the_same(case: object) -> None:
+    """Against diffusers' own scheduler in float64, and against the expression handed to the compiler."""
+    fused = Fused(case, ops, torch.float64, "cpu")  # type: ignore[arg-type]
+    x, cond, uncond = (torch.randn(case.shape, dtype=torch.float64) for _ in range(3))  # type: ignore[attr-defined]
+    ours = fused(x, cond, uncond).clone()
+    if case.solver == "euler_ancestral":  # type: ignore[attr-defined]
+        return  # its noise differs by design; tests/samplers compares its rows with the literal recursion
+    state = [x] * fused.slots
+    for coef, index in zip(fused.program.coef, fused.program.index, strict=True):
+        _, step = expression(coef, index, guided=True, draws=False)
+        i = index.tolist()
+        written = step(state[0], cond, uncond, list(coef), [state[j] for j in i[3 : 3 + i[2]]])
+        for slot, value in zip(i[9 : 9 + i[1]], written, strict=True):
+            state[slot] = value
+    assert torch.allclose(ours, state[0], rtol=1e-10, atol=1e-10)
+    stock = StockRun(case.stock_scheduler(), 20, 7.5)  # type: ignore[attr-defined]
+    assert torch.isfinite(stock(x, cond, uncond)).all()
+
+
+def test_report_makes_tables_from_rows_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = {"case": "c", "threads": 2, "device": "cpu", "cpu": "x", "isa": "avx2", "torch": "2", "commit": "abc", "date": "d", "command": "run"}
+    rows = [base | {"variant": "genfast", "median_us": 10.0, "share_of_copy": 0.5}, base | {"variant": "diffusers", "median_us": 70.0}]
+    (tmp_path / "steps-cpu.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    text = report.block("steps-cpu:2")
+    assert "| c | 10 us | 70 us | 7.0x | - | - | - | 50% |" in text and "abc" in text
+    assert report.block("steps-cuda") == "No rows yet.\n"
+
+
+def test_the_tables_are_what_the_rows_say() -> None:
+    run = subprocess.run([sys.executable, "-m", "benchmarks.report", "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout
