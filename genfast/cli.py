@@ -17,8 +17,9 @@ def _data(arguments: argparse.Namespace) -> None:
 
     if arguments.action == "list":
         for name, dataset in data.DATASETS.items():
-            state = "fetched" if (data.directory() / name).exists() else "not fetched"
-            print(f"{name:10} {dataset.summary}\n{'':10} licence {dataset.licence}; {dataset.credit}\n{'':10} {state} ({data.directory() / name})")
+            folder = data.directory() / name
+            print(f"{name:10} {dataset.summary}\n{'':10} licence {dataset.licence}; {dataset.credit}")
+            print(f"{'':10} in {folder}" if folder.exists() else f"{'':10} not fetched")
     else:
         print(data.fetch(arguments.name, arguments.source))
 
@@ -41,8 +42,8 @@ def _train_diffusion(arguments: argparse.Namespace) -> None:
         UNet(config).to(arguments.device), images, labels, validation=validation, about={"data": arguments.data, "classes": classes},
         out=arguments.out, steps=arguments.steps, batch=arguments.batch, seed=arguments.seed, prediction=arguments.prediction, noise=noise,
         min_snr=arguments.min_snr, label_dropout=arguments.label_dropout, lr=arguments.lr, lr_schedule=arguments.lr_schedule,
-        warmup=arguments.warmup, ema=arguments.ema, autocast=arguments.autocast, impl=arguments.impl, checkpoint_every=arguments.checkpoint_every,
-        sample_every=arguments.sample_every,
+        warmup=arguments.warmup, ema=arguments.ema, autocast=arguments.autocast, impl=arguments.impl,
+        checkpoint_every=arguments.checkpoint_every, sample_every=arguments.sample_every,
     )  # fmt: skip
     print(json.dumps(last))
 
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add = diffusion.add_argument
     add("--data", default="fashion", help="name of a data set")
     add("--out", required=True, help="directory of everything written; an interrupted run there is continued")
-    add("--steps", type=int, default=8000, help="optimizer steps")
+    add("--steps", type=int, default=5000, help="optimizer steps")
     add("--batch", type=int, default=64, help="images a step")
     add("--seed", type=int, default=0, help="of the initial weights and of every draw")
     add("--validation", type=int, default=1000, help="held-out images")
@@ -115,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"genfast: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("genfast: interrupted; a training run continues from its last checkpoint when the same command is given again", file=sys.stderr)
+        print("genfast: interrupted; the same command continues a training run from its last checkpoint", file=sys.stderr)
         return 130
     return 0
 

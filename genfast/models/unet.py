@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from genfast.nn import Attention, Downsample, ResBlock, TimeEmbedding, Upsample
@@ -113,22 +113,32 @@ def _run(block: nn.ModuleList, h: Tensor, embedding: Tensor) -> Tensor:
 
 
 def save(net: UNet, path: str | Path, state: dict[str, Tensor] | None = None, **about: Any) -> None:
-    """Write weights and configuration as one safetensors file.
+    """Write weights and configuration as one safetensors file, float32; an old file is replaced only once the new one is whole.
 
-    ``state`` replaces the network's own weights (an EMA of them). ``about`` is any JSON-able description of how to use the
-    weights (prediction, noise, time, classes, ...); it comes back from `load` as ``net.about``.
+    ``state`` replaces the network's own weights (an average of them, say). ``about`` is any JSON-able description of how to use
+    the weights (prediction, noise process, class names, ...); `load` returns it.
     """
     tensors = {name: tensor.detach().float().contiguous().cpu() for name, tensor in (state or net.state_dict()).items()}
-    save_file(tensors, path, {"genfast": "1", "family": "unet", "config": json.dumps(asdict(net.config)), "about": json.dumps(about)})
+    words = {"family": "unet", "config": json.dumps(asdict(net.config)), "about": json.dumps(about)}
+    temporary = Path(f"{path}.tmp")
+    temporary.write_bytes(serialize(tensors, words))
+    temporary.replace(path)
 
 
 def load(path: str | Path) -> tuple[UNet, dict[str, Any]]:
-    """Rebuild a network that `save` wrote, on the CPU in eval mode: (network, about)."""
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("family") != "unet":
-            raise ValueError(f"path: got {path}, which is not a U-Net saved by genfast")
-        config = json.loads(metadata["config"])
-        net = UNet(UNetConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}))
-        net.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
-    return net.eval(), json.loads(metadata["about"])
+    """Rebuild a network that `save` wrote, on the CPU in eval mode: (network, about).
+
+    Raises FileNotFoundError if there is no such file, ValueError if it is not one of ours.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            words = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"path: got {path}, which is not a safetensors file ({error})") from None
+    if words.get("family") != "unet":
+        raise ValueError(f"path: got {path}, which is not a U-Net saved by genfast")
+    config: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(words["config"]).items()}
+    net = UNet(UNetConfig(**config))
+    net.load_state_dict(tensors)
+    return net.eval(), json.loads(words["about"])

@@ -48,7 +48,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
             continue
         try:
             with safe_open(candidate, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return tensors, json.loads(file.metadata()["state"])
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             problem = error
             warnings.warn(f"checkpoint: {candidate} cannot be read ({error}); trying the one before it", stacklevel=2)

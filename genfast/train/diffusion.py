@@ -7,11 +7,12 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,73 +25,77 @@ from genfast.models.unet import UNet, save
 from genfast.schedules import NoiseSchedule
 from genfast.train import ema as averages
 from genfast.train.checkpoint import read_checkpoint, write_atomically, write_checkpoint
+from genfast.train.pictures import Prediction, sample_grid, time_name
 
 # Streams of docs/noise.md. Every random number of a run is a function of (run seed, global sample number).
 TIMES, NOISE, LABELS, ORDER = 1, 2, 4, 5
 VALIDATION = 2**39  # the first sample number of the validation draws, out of reach of training
 
-Prediction = Literal["epsilon", "v", "x0", "flow"]
-Result = TypeVar("Result")
+Images = NDArray[np.uint8]
+Labels = NDArray[np.integer[Any]]
 
 
+# fmt: off
 def train_diffusion(
-    net: UNet,  #                                 called as net(x, t, y); trained in place, on the device it is on
-    images: NDArray[np.uint8],  #                 (N, H, W) or (N, C, H, W)
-    labels: NDArray[np.integer[Any]] | None = None,  # (N,), each in [0, net.config.num_classes)
+    net: UNet,                                        # called as net(x, t, y); trained in place, on the device it is on
+    images: Images,                                   # (N, H, W) or (N, C, H, W) uint8
+    labels: Labels | None = None,                     # (N,) integers, each in [0, net.config.num_classes)
     *,
-    out: str | Path,  #                           directory of everything written; an interrupted run there is continued
-    steps: int,  #                                optimizer steps
-    batch: int = 64,  #                           images a step
-    seed: int = 0,  #                             of the run: times, noise, label dropout and data order follow from it
-    prediction: Prediction = "v",  #              what the network returns: "epsilon", "v", "x0" or "flow" (needs noise=flow())
-    noise: NoiseSchedule | None = None,  #        the process; None: schedules.cosine(1000), or schedules.flow() for "flow"
-    min_snr: float | None = None,  #              gamma of min-SNR weighting (Hang et al. 2023; theirs is 5); None: plain mean squared error
-    label_dropout: float = 0.1,  #                share of labels replaced by "no label", for guidance (Ho and Salimans 2022)
-    lr: float = 1e-3,  #                          peak learning rate of AdamW
+    out: str | Path,                                  # directory of everything written; an interrupted run there is continued
+    steps: int,                                       # optimizer steps
+    batch: int = 64,                                  # images a step
+    seed: int = 0,                                    # of the run: data order, times, noise and label dropout follow from it
+    prediction: Prediction = "v",                     # what the network returns; "flow" needs noise=flow()
+    noise: NoiseSchedule | None = None,               # the process; None: schedules.cosine(1000), or schedules.flow() for "flow"
+    min_snr: float | None = None,                     # gamma of min-SNR weighting (Hang et al. 2023 use 5); None: plain mean squared error
+    label_dropout: float = 0.1,                       # share of labels replaced by "no label", for guidance (Ho and Salimans 2022)
+    lr: float = 1e-3,                                 # peak learning rate of AdamW
     lr_schedule: Literal["cosine", "constant"] = "cosine",  # after the warm-up: half a cosine down to 0, or flat
-    warmup: int = 200,  #                         steps of linear warm-up
-    betas: tuple[float, float] = (0.9, 0.99),  #  of AdamW
-    weight_decay: float = 0.0,  #                 of AdamW
-    clip_grad: float = 1.0,  #                    largest norm of the gradient
-    ema: float = 0.05,  #                         relative width of the power-function average of the weights (Karras et al. 2024)
-    autocast: Literal["bfloat16"] | None = None,  # dtype of the network's matrix products; weights and state stay float32
-    validation: tuple[NDArray[np.uint8], NDArray[np.integer[Any]] | None] | None = None,  # held-out images and labels
-    log_every: int = 50,  #                       steps between rows of log.jsonl
-    validate_every: int = 500,  #                 steps between validation losses of the averaged weights
-    checkpoint_every: int = 500,  #               steps between checkpoints
-    sample_every: int = 0,  #                     steps between sample grids; 0: none
-    impl: Literal["fused", "reference"] = "fused",  # of the noise; the bits are the same
-    about: Mapping[str, Any] | None = None,  #    further JSON-able words saved with the weights (class names, ...)
-    progress: bool = True,  #                     a progress bar on stderr
+    warmup: int = 200,                                # steps of linear warm-up
+    betas: tuple[float, float] = (0.9, 0.99),         # of AdamW
+    weight_decay: float = 0.0,                        # of AdamW
+    clip_grad: float = 1.0,                           # largest norm of the gradient
+    ema: float = 0.05,                                # relative width of the power-function average of the weights (Karras et al. 2024)
+    autocast: Literal["bfloat16"] | None = None,      # dtype of the network's matrix products; weights and state stay float32
+    validation: tuple[Images, Labels | None] | None = None,  # held-out images and labels
+    log_every: int = 50,                              # steps between rows of log.jsonl
+    validate_every: int = 500,                        # steps between validation losses, of the averaged weights
+    checkpoint_every: int = 500,                      # steps between checkpoints
+    sample_every: int = 0,                            # steps between sample grids, of the averaged weights; 0: none
+    impl: Literal["fused", "reference"] = "fused",    # of the noise; the bits are the same
+    about: Mapping[str, Any] | None = None,           # further JSON-able words to save with the weights (class names, ...)
+    progress: bool = True,                            # a progress bar on stderr
 ) -> dict[str, Any]:
-    """Train ``net`` to predict from noisy images, and return the last row of the log.
+    # fmt: on
+    """Train ``net`` to predict from noisy images; ends with the averaged weights in ``net`` and returns the last row of the log.
 
-    The process is x_t = alpha(t) x_0 + sigma(t) n with x_0 = images / 127.5 - 1 (Ho et al. 2020; Salimans and Ho 2022 for "v":
-    alpha n - sigma x_0; Liu et al. 2023 for "flow": n - x_0). The loss is the mean squared error of the prediction.
+    The process is x_t = alpha(t) x_0 + sigma(t) n with x_0 = images / 127.5 - 1. The loss is the mean squared error of the prediction:
+    "epsilon" n (Ho et al. 2020), "v" alpha n - sigma x_0 (Salimans and Ho 2022), "x0" x_0, "flow" n - x_0 (Liu et al. 2023).
 
-    ``out`` receives config.json, log.jsonl, checkpoint.safetensors (and the one before it), ema.safetensors (averaged weights,
-    `genfast.models.load` reads them), loss.png and samples-STEP.png. A run that was killed at any moment continues from its last
-    checkpoint when called again with the same arguments, and ends with the same bits, on the same device with the same number of
-    threads. A run that is finished returns at once.
+    ``out`` receives config.json, log.jsonl, loss.png (where matplotlib is installed), checkpoint.safetensors and the one before it,
+    samples-STEP.png, and at the end ema.safetensors, the averaged weights that `genfast.models.load` reads. A run that was killed at
+    any moment continues from its last checkpoint when called again with the same arguments, and ends with the same bits as one that was
+    not killed, on the same device with the same number of threads. A run that is finished returns at once.
+
+    Every random number is a function of the seed and of the global number of the sample (docs/noise.md), so no generator is saved.
 
     Raises ValueError for bad arguments or if ``out`` holds a run with another configuration, and FloatingPointError if the loss
     or a gradient is not finite.
     """
     noise = noise or (schedules.flow() if prediction == "flow" else schedules.cosine(1000))
-    _check(images, labels, net, validation, noise, prediction, steps, batch, seed, label_dropout, warmup)
+    _check(net, images, labels, validation, noise, prediction)
+    _check_numbers(steps, batch, seed, label_dropout, warmup, (log_every, validate_every, checkpoint_every))
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     device = next(net.parameters()).device
     # What decides the bits of the weights; how often something is written does not.
-    config: dict[str, Any] = dict(
-        network=asdict(net.config), data=_digest(images, labels), steps=steps, batch=batch, seed=seed, prediction=prediction,
-        noise=noise.name, noise_shift=noise.shift, noise_table=_digest(noise.alphas_cumprod), min_snr=min_snr, label_dropout=label_dropout,
-        lr=lr, lr_schedule=lr_schedule, warmup=warmup, betas=betas, weight_decay=weight_decay, clip_grad=clip_grad, ema=ema, autocast=autocast,
-    )  # fmt: skip
+    config: dict[str, Any] = {
+        "network": asdict(net.config), "data": _digest(images, labels), "steps": steps, "batch": batch, "seed": seed,
+        "prediction": prediction, "noise": [noise.name, noise.shift, _digest(noise.alphas_cumprod)], "min_snr": min_snr,
+        "label_dropout": label_dropout, "lr": lr, "lr_schedule": lr_schedule, "warmup": warmup, "betas": betas,
+        "weight_decay": weight_decay, "clip_grad": clip_grad, "ema": ema, "autocast": autocast, "device": device.type,
+    }  # fmt: skip
     config = json.loads(json.dumps(config))
-    about = {"prediction": prediction, "noise": noise.name, "noise_shift": noise.shift, "noise_steps": noise.steps, **(about or {})}
-    time_name = "flow" if noise.kind == "flow" else "index"
-    about["time"] = time_name
 
     net.train()
     parameters = dict(net.named_parameters())
@@ -107,7 +112,7 @@ def train_diffusion(
         _same_config(state["config"], config, out)
         if state["threads"] != torch.get_num_threads():
             warnings.warn(
-                f"threads: the run in {out} was at {state['threads']}, this process has {torch.get_num_threads()}; "
+                f"threads: the run in {out} had {state['threads']}, this process has {torch.get_num_threads()}; "
                 "it continues, but its bits may differ from those of an uninterrupted run",
                 stacklevel=2,
             )
@@ -117,19 +122,19 @@ def train_diffusion(
     rows = _cut_log(out / "log.jsonl", done)
 
     x_all = images[:, None] if images.ndim == 3 else images
-    order: tuple[int, NDArray[np.int64]] = -1, np.empty(0, np.int64)
+    epoch, order = -1, np.empty(0, np.int64)
     started, started_at = time.perf_counter(), done
-    running: list[float] = []
-    bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=not progress, dynamic_ncols=True)
+    losses: list[float] = []
+    bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=not progress, mininterval=1.0, dynamic_ncols=True)
     for step in bar:
         # The batch: global sample numbers, and everything random about them.
         numbers = np.arange(step * batch, (step + 1) * batch)
         chosen = np.empty(batch, np.int64)
-        for epoch in np.unique(numbers // len(images)):
-            if order[0] != epoch:
-                order = int(epoch), _epoch_order(rng, seed, int(epoch), len(images))
-            mine = numbers // len(images) == epoch
-            chosen[mine] = order[1][numbers[mine] % len(images)]
+        for e in np.unique(numbers // len(images)):
+            if e != epoch:
+                epoch, order = int(e), _epoch_order(rng, seed, int(e), len(images))
+            mine = numbers // len(images) == e
+            chosen[mine] = order[numbers[mine] % len(images)]
         seeds = torch.from_numpy(numbers + seed * 2**40)
         x0 = _to_model(x_all[chosen], device)
         y = None
@@ -146,37 +151,38 @@ def train_diffusion(
         loss = diffusion_loss(net, x0, t, n, y, noise=noise, prediction=prediction, min_snr=min_snr, autocast=autocast).mean()
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), clip_grad)
-        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]) or not math.isfinite(norm.item()):
             raise FloatingPointError(
-                f"step {step}: loss is {loss.item()} and the gradient's norm {norm.item()}; "
-                f"the last good state is in {checkpoint}; try a smaller lr (now {lr}) or autocast=None"
+                f"step {step}: the loss is {losses[-1]} and the norm of the gradient {norm.item()}, both must be finite; "
+                f"{out} keeps the last good state; try a smaller lr (now {lr}) or autocast=None in another directory"
             )
         optimizer.step()
         averages.update(average.values(), parameters.values(), step + 1, gamma)
 
         # What is written.
         done = step + 1
-        running.append(loss.item())
         last = done == steps
         if done % log_every == 0 or last:
-            rate = (done - started_at) * batch / (time.perf_counter() - started)
-            row = {"step": done, "loss": sum(running) / len(running), "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
-            row["images_per_second"] = round(rate, 1)
-            running.clear()
-            bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-            _append(out / "log.jsonl", rows, row)
+            mean, rate = sum(losses) / len(losses), (done - started_at) * batch / (time.perf_counter() - started)
+            row = {"step": done, "loss": mean, "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
+            _append(out / "log.jsonl", rows, row | {"images_per_second": round(rate, 1)})
+            bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+            losses.clear()
         if validation is not None and (done % validate_every == 0 or last):
-            value = _with(net, average, lambda: validation_loss(net, *validation, rng=rng, seed=seed, noise=noise, prediction=prediction))
+            with _weights(net, average):
+                value = validation_loss(net, *validation, rng=rng, seed=seed, noise=noise, prediction=prediction)
             _append(out / "log.jsonl", rows, {"step": done, "validation_loss": value})
+        if sample_every and (done % sample_every == 0 or last):
+            with _weights(net, average):
+                sample_grid(net, noise, prediction, images.shape[-2:], seed=seed).save(out / f"samples-{done:06d}.png")
         if done % checkpoint_every == 0 or last:
             state = {"step": done, "config": config, "threads": torch.get_num_threads(), "torch": torch.__version__}
             write_checkpoint(checkpoint, _tensors(parameters, average, optimizer), state)
             plot_log(rows, out / "loss.png")
-        if sample_every and (done % sample_every == 0 or last):
-            _with(net, average, lambda: sample_grid(net, noise, prediction, seed=seed).save(out / f"samples-{done:06d}.png"))
 
-    save(net, out / "ema.safetensors.tmp", average, **about)
-    (out / "ema.safetensors.tmp").replace(out / "ema.safetensors")
+    words = {"prediction": prediction, "time": time_name(noise), "noise": noise.name, "noise_steps": noise.steps, "shift": noise.shift}
+    save(net, out / "ema.safetensors", average, **words, **(about or {}))
     net.load_state_dict(average)
     return rows[-1] if rows else {}
 
@@ -195,9 +201,9 @@ def diffusion_loss(
 ) -> Tensor:
     """The loss of each sample, (B,) float32, for clean samples ``x0`` (B, C, H, W) at times ``t`` (B,) with noise ``n`` like x0.
 
-    Mean squared error of the prediction. With ``min_snr`` = gamma it is weighted so that in terms of x_0 the weight is min(SNR, gamma),
-    SNR = (alpha / sigma)^2 (Hang et al. 2023, section 3.4): an error e of the prediction is an error of e * sigma / alpha (epsilon), e * sigma
-    (v, flow) or e (x0) in x_0.
+    Mean squared error of the prediction. With ``min_snr`` = gamma it is weighted such that the squared error of x_0 has the weight
+    min(SNR, gamma), SNR = (alpha / sigma)^2 (Hang et al. 2023, section 3.4): an error e of the prediction is an error of x_0 of size
+    e * sigma / alpha (epsilon), e * sigma (v, flow) or e (x0).
     """
     alpha, sigma = noise.alpha_sigma(t)
     a, s = (torch.from_numpy(c).to(x0)[:, None, None, None] for c in (alpha, sigma))
@@ -216,8 +222,8 @@ def diffusion_loss(
 @torch.no_grad()
 def validation_loss(
     net: UNet,
-    images: NDArray[np.uint8],
-    labels: NDArray[np.integer[Any]] | None,
+    images: Images,
+    labels: Labels | None,
     *,
     rng: Any,
     seed: int,
@@ -241,21 +247,6 @@ def validation_loss(
     return total / len(images)
 
 
-def sample_grid(net: UNet, noise: NoiseSchedule, prediction: Prediction, *, seed: int = 0, size: int = 28, columns: int = 8) -> Any:
-    """A Pillow image of samples, one row a class, drawn with DPM-Solver++(2M), 20 steps and guidance 2.5."""
-    import genfast
-    from genfast.train.pictures import grid
-
-    classes = max(1, net.config.num_classes)
-    y = torch.arange(classes).repeat_interleave(columns)
-    cond, uncond = ({"y": y}, {"y": torch.full_like(y, net.null_label)}) if net.config.num_classes else ({}, None)
-    denoiser = genfast.Denoiser(net, prediction=prediction, noise=noise, time="flow" if noise.kind == "flow" else "index")
-    sampler = genfast.Sampler("dpmpp_2m", steps=20, sigmas="karras", guidance_scale=2.5 if uncond else 1.0)
-    seeds = range(seed * 2**40, seed * 2**40 + len(y))
-    x = sampler(denoiser, shape=(len(y), net.config.image_channels, size, size), seeds=seeds, cond=cond, uncond=uncond)
-    return grid(x, columns)
-
-
 def plot_log(rows: list[dict[str, Any]], path: Path) -> None:
     """Plot the loss curves of log.jsonl as PNG; without matplotlib nothing is drawn."""
     try:
@@ -274,41 +265,47 @@ def plot_log(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _check(
-    images: NDArray[np.uint8],
-    labels: NDArray[np.integer[Any]] | None,
     net: UNet,
-    validation: tuple[NDArray[np.uint8], NDArray[np.integer[Any]] | None] | None,
+    images: Images,
+    labels: Labels | None,
+    validation: tuple[Images, Labels | None] | None,
     noise: NoiseSchedule,
     prediction: str,
-    steps: int,
-    batch: int,
-    seed: int,
-    label_dropout: float,
-    warmup: int,
 ) -> None:
-    for name, x in (("images", images), ("validation", images if validation is None else validation[0])):
+    for name, x, y in (("images", images, labels), ("validation", *(validation or (images, labels)))):
         if x.dtype != np.uint8 or x.ndim not in (3, 4) or len(x) == 0:
             raise ValueError(f"{name}: got {x.dtype} of shape {x.shape}, supported: uint8 of shape (N, H, W) or (N, C, H, W), N at least 1")
-    for name, x, y in (("labels", images, labels), ("validation", *(validation or (images, labels)))):
         if y is not None and (y.shape != x.shape[:1] or y.min() < 0 or y.max() >= net.config.num_classes):
             raise ValueError(
-                f"{name}: got labels of shape {y.shape} from {y.min()} to {y.max()}, "
-                f"supported: one per image ({len(x)}), each from 0 to {net.config.num_classes - 1}"
+                f"labels of {name}: got shape {y.shape}, from {y.min()} to {y.max()}, "
+                f"supported: one an image ({len(x)}), each from 0 to {net.config.num_classes - 1}"
             )
     if prediction not in ("epsilon", "v", "x0", "flow"):
         raise ValueError(f"prediction: got {prediction!r}, supported: 'epsilon', 'v', 'x0', 'flow'")
     if noise.kind == "ve" or (noise.kind == "flow") != (prediction == "flow"):
-        raise ValueError(f"noise: got the process {noise.name!r} with prediction {prediction!r}, supported: 'flow' with 'flow', a vp process with the rest")
-    for name, value, least, most in (("steps", steps, 1, 2**30), ("batch", batch, 1, 2**30), ("seed", seed, 0, 2**23 - 1), ("warmup", warmup, 0, 2**30)):
+        raise ValueError(
+            f"noise: got {noise.name!r} with prediction={prediction!r}, supported: flow() with 'flow', a vp process with the others"
+        )
+
+
+def _check_numbers(steps: int, batch: int, seed: int, label_dropout: float, warmup: int, every: tuple[int, int, int]) -> None:
+    for name, value, least, most in (
+        ("steps", steps, 1, 2**30),
+        ("batch", batch, 1, 2**30),
+        ("seed", seed, 0, 2**23 - 1),  # seeds of samples are seed * 2**40 + number, below 2**63
+        ("warmup", warmup, 0, 2**30),
+        ("steps * batch", steps * batch, 1, VALIDATION),
+        ("log_every", every[0], 1, 2**30),
+        ("validate_every", every[1], 1, 2**30),
+        ("checkpoint_every", every[2], 1, 2**30),
+    ):
         if not least <= value <= most:
             raise ValueError(f"{name}: got {value}, supported: an integer from {least} to {most}")
-    if steps * batch > VALIDATION:
-        raise ValueError(f"steps * batch: got {steps * batch} samples, supported: at most {VALIDATION}")
     if not 0 <= label_dropout <= 1:
         raise ValueError(f"label_dropout: got {label_dropout}, supported: a share from 0 to 1")
 
 
-def _to_model(images: NDArray[np.uint8], device: torch.device) -> Tensor:
+def _to_model(images: Images, device: torch.device) -> Tensor:
     return torch.from_numpy(images).to(device).float() / 127.5 - 1
 
 
@@ -332,14 +329,15 @@ def _digest(*arrays: NDArray[Any] | None) -> str:
     return digest.hexdigest()
 
 
-def _with(net: UNet, weights: dict[str, Tensor], call: Callable[[], Result]) -> Result:
-    """``call()`` with other weights in the network, in eval mode."""
+@contextmanager
+def _weights(net: UNet, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Other weights in the network, and eval mode, for a while."""
     own = {name: parameter.data for name, parameter in net.named_parameters()}
     try:
         for name, parameter in net.named_parameters():
             parameter.data = weights[name]
         net.eval()
-        return call()
+        yield
     finally:
         for name, parameter in net.named_parameters():
             parameter.data = own[name]

@@ -25,6 +25,7 @@ def power_gamma(sigma_rel: float) -> float:
 def update(average: Iterable[Tensor], weights: Iterable[Tensor], step: int, gamma: float) -> None:
     """Fold the weights after optimizer step ``step`` (1 is the first) into the average, in place.
 
-    Karras et al. 2024, equation 7: average = beta * average + (1 - beta) * weights with beta = (1 - 1/step)^(gamma + 1). The first step copies.
+    Karras et al. 2024, equation 7: average = beta * average + (1 - beta) * weights with beta = (1 - 1/step)^(gamma + 1); the first
+    step copies.
     """
     torch._foreach_lerp_(list(average), list(weights), 1 - (1 - 1 / step) ** (gamma + 1))
