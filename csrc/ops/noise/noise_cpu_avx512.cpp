@@ -1,0 +1,5 @@
+#include "noise_cpu_impl.h"
+
+namespace genfast {
+const NoiseKernels kNoiseAvx512{fill};
+}
