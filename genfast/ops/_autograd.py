@@ -23,27 +23,29 @@ from ._checks import refusal
 _CLIP, _COEF, _TERMS, _OUTPUTS, _NOISE = 3, 8, 10, 3, 9
 _INPUT_TERMS = (0, 3, 4)  # where a row holds its first three inputs: x, h0, h1
 
+_DERIVATIVE = "an input with a gradient, a tangent or inside a torch.func transform"
+
 
 def _has_derivative(t: Tensor) -> bool:
     """Whether a gradient or tangent flows through ``t``."""
     if t.requires_grad and torch.is_grad_enabled():
         return True
-    if torch.compiler.is_compiling():
-        return False
     if torch._C._are_functorch_transforms_active() and torch._C._functorch.is_functorch_wrapped_tensor(t):
         return True
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
 
 
 def wanted(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether a gradient, a tangent or a torch.func transform is about."""
+    """Whether a gradient, a tangent or a torch.func transform is about. While compiling, `_refuse` looks for the last two."""
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return any(t is not None and _has_derivative(t) for t in tensors)
 
 
 def refuse_derivatives(op: str, tensors: Iterable[Tensor | None], instead: str) -> None:
     """An operator that writes into its arguments has no derivative: losing one silently would be wrong."""
     if wanted(tensors):
-        raise refusal(op, "an input with a gradient, a tangent or inside a torch.func transform", f"none of these; call {instead}")
+        raise refusal(op, _DERIVATIVE, f"none of these; call {instead}")
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -71,7 +73,8 @@ def solver_step(
 
 def _refuse(inputs: list[Tensor], cond: Tensor, uncond: Tensor | None, *rest: Any) -> list[Tensor]:
     """The operator below `genfast.ops.solver_step` called straight, or found by a tracer, where a derivative would be lost."""
-    refuse_derivatives("torch.ops.genfast.solver_step", (*inputs, cond, uncond), "genfast.ops.solver_step outside torch.compile")
+    if any(t is not None and _has_derivative(t) for t in (*inputs, cond, uncond)):
+        raise refusal("torch.ops.genfast.solver_step", _DERIVATIVE, "none of these; call genfast.ops.solver_step outside torch.compile")
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.genfast.solver_step.default(inputs, cond, uncond, *rest)  # type: ignore[no-any-return]
 
