@@ -1,0 +1,88 @@
+// One wrapper per PTX instruction, each with a portable twin of the same meaning: the emulator runs the twin, and so does a GPU
+// older than the instruction.
+#pragma once
+#include "exact_math.h"
+#include "launch.h"
+
+namespace genfast {
+
+// Two floats to two bfloat16, rounded to nearest even; `low` in the low half.
+__device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+#else
+  return narrow_bf16(low).bits | static_cast<uint32_t>(narrow_bf16(high).bits) << 16;
+#endif
+}
+
+// Two floats to two float16, rounded to nearest even; `low` in the low half.
+__device__ __forceinline__ uint32_t pack_f16x2(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+#else
+  return narrow_f16(low).bits | static_cast<uint32_t>(narrow_f16(high).bits) << 16;
+#endif
+}
+
+__device__ __forceinline__ float unpack_f16(Float16 a) {
+#if defined(__CUDA_ARCH__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(a.bits));
+  return wide;
+#else
+  return widen_f16(a);
+#endif
+}
+
+// Copies 16 bytes from global to shared memory; the copy has landed after cp_async_wait_all(). Both addresses 16-byte aligned.
+__device__ __forceinline__ void cp_async16(void* shared, const void* global) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(global)
+               : "memory");
+#else
+  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+#endif
+}
+
+__device__ __forceinline__ void cp_async_wait_all() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+#if defined(GF_EMULATE) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+// c (16 x 8, float32) += a (16 x 16, row-major bfloat16) * b (16 x 8, column-major bfloat16), over one warp (PTX ISA, mma.m16n8k16):
+// lane 4g + t holds a[0]: (g, 2t..), a[1]: (g + 8, 2t..), a[2]: (g, 2t + 8..), a[3]: (g + 8, 2t + 8..); b[0]: (2t.., g), b[1]: (2t + 8..,
+// g); c[0], c[1]: (g, 2t..), c[2], c[3]: (g + 8, 2t..).
+__device__ __forceinline__ void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#elif defined(GF_EMULATE)
+  struct Fragment {
+    uint32_t a[4], b[2];
+  };
+  const Fragment mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+  gf_emulator::exchange(~0u, mine, std::source_location::current(), [&](auto get) {
+    const auto half = [](uint32_t word, int h) { return widen_bf16({static_cast<uint16_t>(word >> 16 * h)}); };
+    const int g = gf_emulator::lane() >> 2, t = gf_emulator::lane() & 3;
+    for (int i = 0; i < 4; ++i) {
+      const int column = 2 * t + (i & 1), upper = i >> 1;  // upper: row g + 8
+      for (int k = 0; k < 16; ++k) {
+        const float x = half(get(4 * g + (k % 8) / 2).a[upper + 2 * (k / 8)], k & 1);
+        const float y = half(get(4 * column + (k % 8) / 2).b[k / 8], k & 1);
+        c[i] += x * y;
+      }
+    }
+    return 0;
+  });
+#endif
+}
+#endif
+
+}  // namespace genfast

@@ -1,0 +1,96 @@
+"""Compiles the CUDA sources as C++ under the block emulator (docs/emulator.md).
+
+Results are cached in build/emulator under a hash of everything that goes in; ccache is used where it is found.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / "build" / "emulator"
+OPS = ["noise", "solver_step"]
+# -ffp-contract=off: the bits are specified. -fno-strict-aliasing: kernels read arrays through vector types, as CUDA lets them.
+FLAGS = [
+    *("-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-ffile-prefix-map={ROOT}/="),
+    *("-DGF_EMULATE", f"-I{ROOT / 'tests/emulator'}", f"-I{ROOT / 'csrc'}"),
+]
+SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer"]
+
+
+def compiler() -> list[str]:
+    return [os.environ.get("CXX", "c++")]
+
+
+def _sources_hash(*more: str) -> str:
+    digest = hashlib.sha256("\0".join(more).encode())
+    for folder in (ROOT / "csrc", ROOT / "tests/emulator"):
+        for path in sorted(p for p in folder.rglob("*") if p.suffix in {".h", ".cuh", ".cu", ".cpp"}):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _run(command: list[str]) -> None:
+    launcher = ["ccache"] if "-c" in command and shutil.which("ccache") else []
+    done = subprocess.run([*launcher, *command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def _build(name: str, units: list[tuple[Path, list[str]]], link: list[str], flags: list[str]) -> Path:
+    """Compile ``units`` (source, its own flags) and link them with ``link``; returns the cached result."""
+    key = _sources_hash(name, *(str(part) for unit in units for part in unit), *link, *flags)
+    target = CACHE / f"{key}-{name}"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return target
+        for stale in CACHE.glob(f"*-{name}"):
+            stale.unlink()
+        objects = []
+        for i, (source, own) in enumerate(units):
+            objects.append(str(CACHE / f"{key}-{i}.o"))
+            _run([*compiler(), *flags, *own, "-x", "c++", "-c", str(source), "-o", objects[-1]])
+        _run([*compiler(), *flags, *objects, *link, "-o", f"{target}.new"])
+        for item in objects:
+            Path(item).unlink()
+        os.replace(f"{target}.new", target)
+    return target
+
+
+def library(*, sanitize: bool = False, define: str = "") -> Path:
+    """The operators as a torch library, in namespace genfast_emulator. ``define`` plants a bug, for the tests of the tests."""
+    spec = importlib.util.find_spec("torch")
+    assert spec and spec.submodule_search_locations
+    torch = Path(spec.submodule_search_locations[0])
+    cmake = (ROOT / "CMakeLists.txt").read_text()
+    target = cmake.split('set(GENFAST_TORCH_TARGET "')[1].split('"')[0]
+    registration = ["-DGENFAST_BACKEND_EMULATOR", f"-DTORCH_TARGET_VERSION={target}", "-isystem", str(torch / "include")]
+    units: list[tuple[Path, list[str]]] = []
+    for op in OPS:
+        units.append((ROOT / f"csrc/ops/{op}/{op}.cpp", registration))
+        units.append((ROOT / f"csrc/ops/{op}/{op}.cu", [f"-D{define}"] if define else []))
+    flags = [*FLAGS, *(SANITIZE if sanitize else [])]
+    name = "-".join(filter(None, ["libgenfast_emulator", "asan" * sanitize, define.lower()])) + ".so"
+    return _build(name, units, ["-shared", str(torch / "lib/libtorch_cpu.so")], flags)
+
+
+def self_test(*, sanitize: bool = False, define: str = "") -> Path:
+    """The program of self_test.cu, optionally with one planted bug."""
+    flags = [*FLAGS, *(SANITIZE if sanitize else []), *([f"-D{define}"] if define else [])]
+    name = "-".join(filter(None, ["self_test", "asan" * sanitize, define.lower()]))
+    return _build(name, [(ROOT / "tests/emulator/self_test.cu", [])], [], flags)
+
+
+def asan_runtime() -> Path:
+    """What LD_PRELOAD needs before Python loads a sanitized library."""
+    found = subprocess.run([*compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    return Path(found)
