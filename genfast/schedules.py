@@ -127,7 +127,7 @@ class NoiseSchedule:
             return np.asarray(np.floor(u * self.steps), np.float64)
         if self.kind == "flow":
             return self.shift * u / (1 + (self.shift - 1) * u)
-        return np.exp(np.log(self.sigma_min) + u * (np.log(self.sigma_max) - np.log(self.sigma_min)))
+        return np.asarray(np.exp(np.log(self.sigma_min) + u * (np.log(self.sigma_max) - np.log(self.sigma_min))), np.float64)
 
 
 def _vp(name: str, betas: Array) -> NoiseSchedule:
@@ -252,15 +252,20 @@ def exponential(noise: NoiseSchedule, steps: int, *, sigma_min: float | None = N
     return _through_sigmas(noise, np.append(np.exp(np.linspace(np.log(high), np.log(low), steps)), 0.0))
 
 
-def _times(noise: NoiseSchedule, name: str, steps: int, whole: Callable[[int], Array], unit: Array, shift: float | None) -> Grid:
-    if noise.kind == "ve":
-        raise ValueError(f"sigmas: got {name!r} for the {noise.name!r} process, supported there: exponential, karras or a list of sigmas")
+def _through_spaced(
+    noise: NoiseSchedule, steps: int, name: str, vp: Callable[[int], Array], flow: Array | None, shift: float | None = None
+) -> Grid:
+    """A grid evenly spaced in time: whole times from ``vp``, which takes their number, or unit times ``flow``, which are shifted."""
+    if noise.kind == "ve" or (noise.kind == "flow" and flow is None):
+        others = ", ".join(sorted({"exponential", "karras"} | ({"linspace", "trailing"} if noise.kind == "flow" else set())))
+        raise ValueError(f"sigmas: got {name!r} for the {noise.name!r} process, supported there: {others} or a list of sigmas")
     if noise.kind == "flow":
+        assert flow is not None
         shift = noise.shift if shift is None else shift
-        return _through_times(noise, shift * unit / (1 + (shift - 1) * unit))
+        return _through_times(noise, shift * flow / (1 + (shift - 1) * flow))
     if steps > noise.steps:
         raise ValueError(f"steps: got {steps}, supported with sigmas={name!r}: at most the process's {noise.steps} times")
-    return _through_times(noise, whole(noise.steps))
+    return _through_times(noise, vp(noise.steps))
 
 
 def trailing(noise: NoiseSchedule, steps: int, *, shift: float | None = None) -> Grid:
@@ -268,24 +273,19 @@ def trailing(noise: NoiseSchedule, steps: int, *, shift: float | None = None) ->
 
     ``shift`` (flow only) replaces the process's own.
     """
-    return _times(
-        noise, "trailing", steps, lambda n: np.rint(np.arange(steps, 0, -1) * (n / steps)) - 1, 1 - np.arange(steps) / steps, shift
-    )
+    remaining = np.arange(steps, 0, -1, dtype=np.float64)
+    return _through_spaced(noise, steps, "trailing", lambda n: np.rint(remaining * (n / steps)) - 1, remaining / steps, shift)
 
 
 def leading(noise: NoiseSchedule, steps: int, *, offset: int = 0) -> Grid:
-    """Times 0, c, 2c, ... with c = floor(T / steps), plus ``offset`` (Lin et al. 2024, table 2), from the last down. "vp" only."""
-    if noise.kind == "flow":
-        raise ValueError("sigmas: got 'leading' for the 'flow' process, supported there: exponential, karras, linspace, trailing or a list")
-    unit = np.empty(0)
-    return _times(noise, "leading", steps, lambda n: np.arange(steps, dtype=np.float64)[::-1] * (n // steps) + offset, unit, None)
+    """Times 0, c, 2c, ... with c = floor(T / steps), plus ``offset``, from the last down (Lin et al. 2024, table 2). "vp" only."""
+    return _through_spaced(noise, steps, "leading", lambda n: np.arange(steps, dtype=np.float64)[::-1] * (n // steps) + offset, None)
 
 
 def linspace(noise: NoiseSchedule, steps: int, *, shift: float | None = None) -> Grid:
     """Times from the last to the first, both included (Lin et al. 2024, table 2); for flow from t = 1 to 0.001, shifted."""
-    return _times(
-        noise, "linspace", steps, lambda n: np.rint(np.linspace(n - 1, 0, steps)), np.linspace(1, 0.001, steps, dtype=np.float64), shift
-    )
+    unit = np.linspace(1, 0.001, steps, dtype=np.float64)
+    return _through_spaced(noise, steps, "linspace", lambda n: np.rint(np.linspace(n - 1, 0, steps)), unit, shift)
 
 
 GRIDS: dict[str, Callable[..., Grid]] = {f.__name__: f for f in (karras, exponential, trailing, leading, linspace)}

@@ -59,7 +59,7 @@ def solver_step_(
         state = ring[written[0]].to(coef.dtype) * c_in
         model_input.copy_(state.repeat(len(model_input) // max(len(state), 1), *[1] * (state.ndim - 1)))
     if watch is not None:
-        finite = ring[written[0]].isfinite().flatten(1).all(1)
+        finite = ring[written[0]].isfinite()[:, None].flatten(1).all(1)
         watch.copy_(torch.where(finite, watch, watch.clamp(max=row)))
 
 
@@ -152,7 +152,7 @@ def _tree_sum(v: Tensor) -> Tensor:
 
 def _std(x: Tensor, layout: torch.memory_format) -> Tensor:
     """Unbiased standard deviation of every sample, (B,) float64."""
-    v = (x if layout == torch.contiguous_format else x.movedim(1, -1)).flatten(1).double()
+    v = (x if layout == torch.contiguous_format else x.movedim(1, -1))[:, None].flatten(1).double()
     n = v.shape[1]
     s, q = _tree_sum(v), _tree_sum(v * v)
     return _nearest_sqrt(((q - s * s / n) / (n - 1)).clamp(min=0))
@@ -175,7 +175,7 @@ def _rescale_factor(cond: Tensor, guided: Tensor, phi: float, layout: torch.memo
 
 def _quantile_of_magnitude(d: Tensor, q: float) -> Tensor:
     """quantile(abs(d), q) of every sample, interpolated linearly as torch.quantile does; (B,)."""
-    v = d.abs().flatten(1).sort(dim=1).values
+    v = d.abs()[:, None].flatten(1).sort(dim=1).values
     n = v.shape[1]
     rank = torch.tensor(q, dtype=d.dtype) * (n - 1)
     low = int(rank)

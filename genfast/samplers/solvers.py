@@ -140,7 +140,7 @@ def _usable(g: Grid, i: int) -> int:
     return i + 1 - int(i > 0 and np.isinf(g.log_snr[0]))
 
 
-def _dpmpp(g: Grid, order: int, variant: str, eta: float, s_noise: float, lower_order_final: bool) -> Rows:
+def _dpmpp(g: Grid, order: int, variant: str, eta: float, s_noise: float, lower_order_final: bool, exact: bool = False) -> Rows:
     """Multistep DPM-Solver++: with h = lambda' - lambda and H = (1 + eta) h,
 
         x' = sigma'/sigma e^(-eta h) x + alpha' (1 - e^-H) D + sigma' sqrt(1 - e^(-2 eta h)) noise,
@@ -164,7 +164,7 @@ def _dpmpp(g: Grid, order: int, variant: str, eta: float, s_noise: float, lower_
                 slope = 0.5 * gain if variant == "midpoint" else phi2
                 out |= {"d": gain + slope / r0, last: -slope / r0}
             else:
-                phi3 = phi2 / ((1 + eta) * h) - 0.5 * q.alpha
+                phi3 = (2 if exact else 1) * (phi2 / ((1 + eta) * h) - 0.5 * q.alpha)
                 r1 = (log_snr[i - 1] - log_snr[i - 2]) / h
                 # D1 = a (d - last) / r0 + b (last - older) / r1 and D2 = the difference of the two slopes over r0 + r1
                 a = phi2 * (1 + r0 / (r0 + r1)) - phi3 / (r0 + r1)
@@ -174,8 +174,11 @@ def _dpmpp(g: Grid, order: int, variant: str, eta: float, s_noise: float, lower_
         yield Row(p, {0: out, **save})
 
 
-def dpmpp_2m(g: Grid, *, order: int = 2, variant: Literal["midpoint", "heun"] = "midpoint", lower_order_final: bool = True) -> Rows:
-    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2); ``order`` 1 is DDIM, 3 the 3M form. ``lower_order_final`` ends with first order."""
+def dpmpp_2m(g: Grid, *, order: int = 2, variant: Literal["midpoint", "heun"] = "midpoint", lower_order_final: bool = False) -> Rows:
+    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2). ``order`` 1 is DDIM, 3 the 3M form (see `dpmpp_3m_sde` for its order).
+
+    ``lower_order_final`` lowers the order of the last steps, to end at first order; a step to sigma 0 always is.
+    """
     _choice("order", order, (1, 2, 3))
     _choice("variant", variant, ("midpoint", "heun"))
     yield from _dpmpp(g, order, variant, 0.0, 1.0, lower_order_final)
@@ -187,16 +190,20 @@ def dpmpp_2m_sde(
     variant: Literal["midpoint", "heun"] = "midpoint",
     eta: float = 1.0,
     s_noise: float = 1.0,
-    lower_order_final: bool = True,
+    lower_order_final: bool = False,
 ) -> Rows:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022b, equation 19); eta = 1 is the paper's SDE, eta = 0 is `dpmpp_2m`."""
     _choice("variant", variant, ("midpoint", "heun"))
     yield from _dpmpp(g, 2, variant, eta, s_noise, lower_order_final)
 
 
-def dpmpp_3m_sde(g: Grid, *, eta: float = 1.0, s_noise: float = 1.0, lower_order_final: bool = False) -> Rows:
-    """The third-order multistep SDE solver of k-diffusion (its DPM-Solver++(3M) SDE); eta = 0 is an ODE solver."""
-    yield from _dpmpp(g, 3, "heun", eta, s_noise, lower_order_final)
+def dpmpp_3m_sde(g: Grid, *, eta: float = 1.0, s_noise: float = 1.0, lower_order_final: bool = False, exact: bool = False) -> Rows:
+    """The DPM-Solver++(3M) SDE of k-diffusion; eta = 0 is an ODE solver.
+
+    The published weight of the second difference is half of what integrates a quadratic, so that the published method converges at
+    second order. ``exact`` takes the whole weight, which makes the ODE solver third order (docs/solvers.md).
+    """
+    yield from _dpmpp(g, 3, "heun", eta, s_noise, lower_order_final, exact)
 
 
 def _unipc_weights(g: Grid, i: int, order: int, variant: str, corrector: bool) -> dict[int, float]:

@@ -1,0 +1,320 @@
+"""Sampler: what a call promises about seeds, guidance, callbacks, failures and the two implementations."""
+
+from __future__ import annotations
+
+import math
+
+import gaussian
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from genfast import reference, schedules
+from genfast.samplers import SOLVERS, Denoiser, Sampler
+
+VP, VE, FLOW = schedules.scaled_linear(), schedules.edm(), schedules.flow()
+SHAPE = (3, 2, 4, 4)
+
+
+def elementwise(x: Tensor, t: Tensor, shift: Tensor | None = None) -> Tensor:
+    """A network without any sum over elements or samples: its bits cannot depend on the batch."""
+    t = t.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+    out = x * 0.5 - x.abs() * 0.125 + t * 0.001
+    return out if shift is None else out + shift.view(t.shape).to(x.dtype)
+
+
+def vp(net: object = elementwise, prediction: str = "v", **options: object) -> Denoiser:
+    return Denoiser(net, prediction, noise=VP, **options)
+
+
+def sampler(solver: str = "dpmpp_2m", steps: int = 5, **options: object) -> Sampler:
+    return Sampler(solver, steps, progress=False, **options)
+
+
+def test_samples_of_a_gaussian_have_its_mean_and_variance() -> None:
+    """End to end: 20000 samples of N(0.7, 0.6^2), stochastic solver, exact denoiser."""
+    den = Denoiser(lambda x, t: torch.as_tensor(gaussian.denoise(x, gaussian.Point(0.0, 1.0, float(t[0])))), "x0", noise=VE, time="sigma")
+    out = sampler("dpmpp_2m_sde", 40)(den, (20000, 1), seeds=range(20000)).double()
+    assert out.mean().item() == pytest.approx(gaussian.MEAN, abs=5 * 0.6 / math.sqrt(20000))
+    assert out.std().item() == pytest.approx(gaussian.STD, rel=0.02 + 5 / math.sqrt(40000))
+
+
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+def test_a_batch_equals_its_samples_drawn_alone(solver: str) -> None:
+    seeds = [3, 2**63 - 1, 0, 77]
+    options = {"s_churn": 2.0} if solver in ("euler", "heun") else {}
+    grid = {"sigmas": [20.0, 9.0, 3.0, 1.0, 0.0]}
+    draw = Sampler(solver, progress=False, clip=2.0, **grid, **options)
+    whole = draw(vp(), (4, 2, 5), seeds=seeds)
+    assert draw.last_seeds == seeds
+    for i, seed in enumerate(seeds):
+        assert torch.equal(draw(vp(), (1, 2, 5), seeds=[seed])[0], whole[i])
+    assert torch.equal(draw(vp(), (3, 2, 5), seeds=torch.tensor([77, 0, 3])), whole[[3, 2, 0]])
+    assert whole.isfinite().all() and not torch.equal(whole[0], whole[1])
+
+
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+def test_fused_equals_reference(solver: str) -> None:
+    shifts = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([-0.1, 0.0, 0.1])
+    options = {"sigmas": [9.0, 4.0, 1.5, 0.4, 0.0], "guidance_scale": 2.5, "guidance_rescale": 0.6, "threshold": 0.9, "progress": False}
+    for den in (vp(), Denoiser(elementwise, "edm", noise=VE)):
+        fused, plain = (
+            Sampler(solver, impl=impl, **options)(den, SHAPE, seeds=range(3), cond=shifts[0], uncond=shifts[1])
+            for impl in ("fused", "reference")
+        )
+        assert fused.isfinite().all()
+        assert torch.equal(fused, plain)
+
+
+def test_equals_a_loop_written_out() -> None:
+    """DDIM with guidance, clipping and eta, element by element in float64 from the documented noise."""
+    seeds, g, eta = torch.arange(3), 3.0, 0.5
+    cond, uncond = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([-0.1, 0.0, 0.1])
+    draw = sampler("ddim", 4, guidance_scale=g, clip=1.0, eta=eta, dtype=torch.float64)
+    got = draw(vp(prediction="epsilon"), SHAPE, seeds=seeds, cond=cond, uncond=uncond)
+    x = reference.normal(seeds, SHAPE, dtype=torch.float64)
+    times = [999, 749, 499, 249]
+    for k, t in enumerate(times):
+        a = VP.alphas_cumprod[t]
+        a_next = VP.alphas_cumprod[times[k + 1]] if k < 3 else 1.0
+        tt = torch.full((3,), float(t))
+        eps_u, eps_c = elementwise(x, tt, uncond), elementwise(x, tt, cond)
+        d = ((x - math.sqrt(1 - a) * (eps_u + g * (eps_c - eps_u))) / math.sqrt(a)).clamp(-1, 1)
+        std = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
+        eps = (x - math.sqrt(a) * d) / math.sqrt(1 - a)
+        x = math.sqrt(a_next) * d + math.sqrt(1 - a_next - std**2) * eps
+        x = x + std * reference.normal(seeds, SHAPE, draw=k + 1, dtype=torch.float64)
+    torch.testing.assert_close(got, x, rtol=1e-11, atol=1e-11)
+
+
+def test_guidance_halves_run_as_one_batch_unconditional_first() -> None:
+    calls = []
+
+    def net(x: Tensor, t: Tensor, *, y: Tensor, scale: float) -> Tensor:
+        calls.append((tuple(x.shape), tuple(t.shape), y.tolist(), scale, torch.equal(*x.chunk(2))))
+        return elementwise(x, t)
+
+    conditions = {"cond": {"y": torch.tensor([1, 2, 3]), "scale": 0.5}, "uncond": {"y": torch.tensor([10]), "scale": 0.5}}
+    sampler(guidance_scale=2.0)(vp(net), SHAPE, seeds=range(3), **conditions)
+    assert calls == [((6, 2, 4, 4), (6,), [10, 10, 10, 1, 2, 3], 0.5, True)] * 5
+
+
+def test_guidance_interval_evaluates_only_what_it_needs() -> None:
+    sizes = []
+
+    def net(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return elementwise(x, t, y)
+
+    y, null = torch.tensor([0.1, 0.2, 0.3]), torch.zeros(3)
+    options = {"sigmas": [9.0, 5.0, 2.0, 1.0, 0.0], "progress": False}
+    sigmas = []
+
+    def interval(sigma: float) -> float:
+        sigmas.append(sigma)
+        return 3.0 if 1.5 < sigma < 6 else 1.0
+
+    got = Sampler("euler", guidance_scale=interval, **options)(vp(net), SHAPE, seeds=range(3), cond=y, uncond=null)
+    assert sigmas == pytest.approx([9, 5, 2, 1]) and sizes == [3, 6, 6, 3]
+    never = Sampler("euler", guidance_scale=lambda sigma: 1.0, **options)(vp(net), SHAPE, seeds=range(3), cond=y, uncond=null)
+    off = Sampler("euler", **options)(vp(net), SHAPE, seeds=range(3), cond=y)
+    assert torch.equal(never, off) and not torch.equal(got, off)
+
+
+def test_generator_draws_the_noise() -> None:
+    draw = sampler("euler_ancestral", 3)
+    one, two = (draw(vp(), SHAPE, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(one, two) and draw.last_seeds is None
+    generator = torch.Generator().manual_seed(5)
+    noise = [torch.randn(SHAPE, generator=generator, dtype=torch.float64) for _ in range(3)]
+    exact = sampler("euler_ancestral", 3, dtype=torch.float64)
+    plan = exact.plan(VP)
+    x = gaussian.execute(
+        plan,
+        lambda x, p: p.alpha * x - p.sigma * elementwise(torch.from_numpy(x), torch.full((3,), p.time)).numpy(),
+        noise[0].numpy(),
+        {k: noise[k].numpy() for k in (1, 2)},
+    )
+    got = exact(vp(), SHAPE, generator=torch.Generator().manual_seed(5))
+    np.testing.assert_allclose(got.numpy(), x, rtol=1e-12, atol=1e-12)
+
+
+def test_seeds_none_draws_and_reports_them() -> None:
+    draw = sampler("ddpm")
+    torch.manual_seed(1)
+    first = draw(vp(), SHAPE)
+    seeds = draw.last_seeds
+    assert len(set(seeds)) == 3 and torch.equal(draw(vp(), SHAPE, seeds=seeds), first)
+    torch.manual_seed(1)
+    assert torch.equal(draw(vp(), SHAPE), first)
+
+
+def test_callback_sees_the_state_and_the_denoised_prediction() -> None:
+    seen = []
+    den = Denoiser(lambda x, t: x * 0 + t.view(-1, 1) / 100, "x0", noise=VE, time="sigma")
+
+    def callback(step: int, sigma: float, x: Tensor, denoised: Tensor) -> None:
+        seen.append((step, sigma, x.clone(), denoised.clone()))
+
+    for solver in sorted(SOLVERS):
+        seen.clear()
+        out = Sampler(solver, sigmas=[8.0, 4.0, 1.0, 0.0], progress=False, callback=callback)(den, (2, 3), seeds=[1, 2])
+        assert torch.equal(out, Sampler(solver, sigmas=[8.0, 4.0, 1.0, 0.0], progress=False)(den, (2, 3), seeds=[1, 2]))
+        assert [s[0] for s in seen] == list(range(len(seen)))
+        for _, sigma, _, denoised in seen:
+            torch.testing.assert_close(denoised, torch.full((2, 3), sigma / 100))
+        assert torch.equal(seen[-1][2], out)
+    with pytest.raises(TypeError, match="callback: returned a Tensor, supported: None"):
+        sampler(callback=lambda step, sigma, x, denoised: x)(vp(), SHAPE, seeds=range(3))
+
+
+@pytest.mark.parametrize("check_every", [None, 1])
+def test_not_finite_is_an_error_that_names_sample_and_evaluation(check_every: int | None) -> None:
+    calls = []
+
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(len(x))
+        out = elementwise(x, t)
+        if len(calls) == 3:
+            out[1] = math.nan
+        return out
+
+    with pytest.raises(FloatingPointError, match=r"sample 1 \(seed 11\): not finite after evaluation 3 of 5, at sigma .*; 1 of 3 samples"):
+        sampler(check_every=check_every)(vp(net), SHAPE, seeds=[10, 11, 12])
+    assert len(calls) == (3 if check_every else 5)
+
+
+def test_init_starts_from_a_noised_sample() -> None:
+    x0 = torch.randn(SHAPE, dtype=torch.float64)
+    states = []
+    den = vp(lambda x, t: states.append(x.clone()) or elementwise(x, t))
+    Sampler("ddim", timesteps=[500, 100], progress=False, dtype=torch.float64)(den, SHAPE, seeds=range(3), init=x0)
+    a = VP.alphas_cumprod[500]
+    expected = math.sqrt(a) * x0 + math.sqrt(1 - a) * reference.normal(torch.arange(3), SHAPE, dtype=torch.float64)
+    torch.testing.assert_close(states[0], expected, rtol=1e-14, atol=1e-14)
+
+
+def test_network_in_bfloat16_keeps_a_float32_state() -> None:
+    seen = []
+    den = vp(lambda x, t: seen.append((x.dtype, t.dtype)) or elementwise(x, t), dtype=torch.bfloat16)
+    out = sampler()(den, SHAPE, seeds=range(3))
+    assert out.dtype == torch.float32 and set(seen) == {(torch.bfloat16, torch.float32)}
+    assert (out - sampler()(vp(), SHAPE, seeds=range(3))).abs().max() < 0.1
+
+
+def test_edm_input_is_scaled() -> None:
+    seen = []
+    den = Denoiser(lambda x, t: seen.append(x.clone()) or 0.1 * x, "edm", noise=VE)
+    Sampler("euler", sigmas=[8.0, 2.0, 0.0], progress=False, dtype=torch.float64)(den, (2, 3), seeds=[0, 1])
+    x = 8 * reference.normal(torch.tensor([0, 1]), (2, 3), dtype=torch.float64)
+    torch.testing.assert_close(seen[0], x / math.sqrt(64.25))
+    d = 0.25 / 64.25 * x + 8 * 0.5 / math.sqrt(64.25) * 0.1 * seen[0]
+    torch.testing.assert_close(seen[1], (d + 0.25 * (x - d)) / math.sqrt(4.25))
+
+
+def test_memory_format_changes_layout_not_bits() -> None:
+    strides = set()
+
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        strides.add(x.is_contiguous(memory_format=torch.channels_last))
+        return elementwise(x, t)
+
+    plain = sampler("ddpm")(vp(), SHAPE, seeds=range(3))
+    last = sampler("ddpm", memory_format=torch.channels_last)(vp(net), SHAPE, seeds=range(3))
+    assert strides == {True} and torch.equal(plain, last) and last.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1), (2, 3, 4, 5, 6), (0, 3), (2, 0, 4)])
+def test_any_rank_and_empty_batches(shape: tuple[int, ...]) -> None:
+    out = sampler("euler_ancestral", guidance_scale=2.0)(
+        vp(), shape, seeds=range(shape[0]), cond=torch.zeros(shape[0]), uncond=torch.zeros(1)
+    )
+    assert out.shape == shape and out.isfinite().all()
+
+
+def test_one_step_and_the_terminal_point_of_a_flow() -> None:
+    out = sampler("flow_euler", 1)(Denoiser(lambda x, t: x - 2.0, "flow", noise=FLOW), (2, 3), seeds=[1, 2])
+    torch.testing.assert_close(out, torch.full((2, 3), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("options", "call", "message"),
+    [
+        ({"solver": "dpm"}, {}, "solver: got 'dpm'.*supported: ddim, ddpm"),
+        ({"impl": "fast"}, {}, "impl: got 'fast', supported: fused, reference"),
+        ({"steps": 0}, {}, "steps: got 0"),
+        ({"clip": 0.0}, {}, "clip: got 0.0, supported: None or a number above 0"),
+        ({"threshold": 1.5}, {}, "threshold: got 1.5"),
+        ({"max_threshold": 0.5}, {}, "max_threshold: got 0.5"),
+        ({"guidance_rescale": -1.0}, {}, "guidance_rescale: got -1.0"),
+        ({"guidance_scale": math.nan}, {}, "guidance_scale: got nan"),
+        ({"check_every": 0}, {}, "check_every: got 0"),
+        ({"dtype": torch.int64}, {}, "dtype: got torch.int64"),
+        ({"memory_format": torch.preserve_format}, {}, "memory_format: got torch.preserve_format"),
+        ({"memory_format": torch.channels_last_3d}, {}, "memory_format: got torch.channels_last_3d for 4 dimensions"),
+        ({"capture": True}, {}, "capture: got True on 'cpu', supported: CUDA devices, because it records a CUDA graph"),
+        ({}, {"seeds": [1, 2]}, "seeds: got 2, supported: 3, one per sample"),
+        ({}, {"seeds": [1, -2, 3]}, r"seeds: got -2, supported: integers in \[0, 2\^63\)"),
+        ({}, {"seeds": [1, 2, 2**63]}, r"seeds: got 9223372036854775808"),
+        ({}, {"seeds": 7}, "seeds: got 7, supported: 3 integers"),
+        ({}, {"seeds": torch.zeros(3)}, r"seeds: got torch.float32 of shape \(3,\)"),
+        ({}, {"generator": torch.Generator()}, "generator: got one together with seeds, supported: one of the two"),
+        ({}, {"shape": (3, -1)}, r"shape: got \(3, -1\), supported: \(B, \*sample\)"),
+        ({}, {"shape": ()}, r"shape: got \(\)"),
+        ({}, {"init": torch.zeros(3, 1)}, r"init: got shape \(3, 1\), supported: \(3, 2, 4, 4\)"),
+        ({"guidance_scale": 2.0}, {"cond": torch.zeros(3)}, "uncond: got None with guidance_scale 2.0"),
+        ({"guidance_scale": 2.0}, {"cond": torch.zeros(3), "uncond": {"y": 1}}, r"uncond: got a mapping of \['y'\] with cond a Tensor"),
+        ({"guidance_scale": 2.0}, {"cond": torch.zeros(2), "uncond": torch.zeros(2)}, r"cond: got shape \(2,\), supported: \(3, ...\)"),
+        ({"guidance_scale": 2.0}, {"cond": torch.zeros(3), "uncond": torch.zeros(2)}, r"uncond: got shape \(2,\), supported: \(3,\)"),
+        ({"guidance_scale": 2.0}, {"cond": {"y": 1}, "uncond": {"y": 2}}, r"uncond\['y'\]: got 2 with cond 1"),
+    ],
+)
+def test_bad_arguments(options: dict, call: dict, message: str) -> None:
+    calls = []
+    with pytest.raises(ValueError, match=message):
+        Sampler(**{"steps": 4, "progress": False, **options})(vp(lambda *a: calls.append(a)), **{"shape": SHAPE, "seeds": range(3), **call})
+    assert not calls
+
+
+def test_networks_that_return_something_else() -> None:
+    with pytest.raises(ValueError, match=r"net: returned a tensor of shape \(3, 4, 4, 4\), supported: a tensor of the input's shape"):
+        sampler()(vp(lambda x, t: torch.cat([x, x], 1)), SHAPE, seeds=range(3))
+    with pytest.raises(ValueError, match="net: returned a dict"):
+        sampler()(vp(lambda x, t: {"sample": x}), SHAPE, seeds=range(3))
+
+
+def test_progress_bar_and_gradients_stay_out_of_the_way(capsys: pytest.CaptureFixture[str]) -> None:
+    net = torch.nn.Conv2d(2, 2, 1)
+    out = Sampler("ddim", 3)(vp(lambda x, t: net(x)), SHAPE, seeds=range(3))
+    assert not out.requires_grad and capsys.readouterr().err == ""
+
+
+def test_plan_prints_and_plots(tmp_path: object) -> None:
+    plan = sampler("heun", 3, s_churn=1.0).plan(VE)
+    lines = plan.table().splitlines()
+    assert lines[0].startswith("heun: 5 evaluations, 2 slots") and len(lines) == 7 and "noise" in lines[3] and "s1" in lines[2]
+    matplotlib = pytest.importorskip("matplotlib")
+    plan.plot(tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 1000
+    ax = matplotlib.figure.Figure().add_subplot()
+    assert plan.plot(ax) is ax
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "euler_ancestral", "heun", "unipc"])
+def test_capture_equals_the_loop(solver: str) -> None:
+    net = torch.nn.Conv2d(2, 2, 3, padding=1).cuda()
+    den = vp(lambda x, t: net(x) + t.view(-1, 1, 1, 1) * 1e-3)
+    options = {"sigmas": [9.0, 5.0, 2.0, 1.0, 0.5, 0.0], "guidance_scale": lambda s: 3.0 if s < 6 else 1.0, "progress": False}
+    arguments = {"seeds": range(3), "device": "cuda", "cond": None, "uncond": None}
+    den = vp(lambda x, t, y: net(x) + (t * 1e-3 + y).view(-1, 1, 1, 1))
+    arguments |= {"cond": torch.ones(3, device="cuda"), "uncond": torch.zeros(3, device="cuda")}
+    plain = Sampler(solver, **options)(den, SHAPE, **arguments)
+    captured = Sampler(solver, capture=True, **options)(den, SHAPE, **arguments)
+    torch.testing.assert_close(captured, plain, rtol=1e-5, atol=1e-5)
+    generator = torch.Generator().manual_seed(1)
+    again = Sampler(solver, capture=True, **options)(
+        den, SHAPE, generator=generator, **{k: v for k, v in arguments.items() if k != "seeds"}
+    )
+    assert again.isfinite().all()

@@ -1,0 +1,273 @@
+"""Solvers against what is known exactly: order of convergence, variance, literal loops, and diffusers' schedulers."""
+
+from __future__ import annotations
+
+import inspect
+
+import gaussian
+import literal
+import numpy as np
+import pytest
+import torch
+from gaussian import MEAN, PROCESSES, execute, through_ratios
+
+from genfast import schedules
+from genfast.samplers import SOLVERS, Row, make_plan
+from genfast.schedules import Point
+
+DETERMINISTIC = [
+    ("ddim", {}, 1),
+    ("euler", {}, 1),
+    ("flow_euler", {}, 1),
+    ("heun", {}, 2),
+    ("flow_heun", {}, 2),
+    ("dpmpp_2m", {}, 2),
+    ("dpmpp_2m", {"variant": "heun"}, 2),
+    ("dpmpp_2m", {"order": 1}, 1),
+    ("dpmpp_2m", {"order": 3}, 2),
+    ("dpmpp_2m_sde", {"eta": 0.0}, 2),
+    ("dpmpp_3m_sde", {"eta": 0.0}, 2),
+    ("dpmpp_3m_sde", {"eta": 0.0, "exact": True}, 3),
+    *[("unipc", {"order": k, "variant": v, "corrector": False, "lower_order_final": False}, k) for k in (1, 2, 3) for v in ("bh1", "bh2")],
+    *[("unipc", {"order": k, "variant": v, "lower_order_final": False}, k + 1) for k in (1, 2, 3) for v in ("bh1", "bh2")],
+]
+
+
+@pytest.mark.parametrize("kind", PROCESSES)
+@pytest.mark.parametrize(("solver", "options", "order"), DETERMINISTIC, ids=str)
+def test_order_of_convergence(solver: str, options: dict, order: int, kind: str) -> None:
+    """Halving the steps divides the error by 2^order. The grid starts with tiny steps: a multistep method's first ones are of low order."""
+    errors = []
+    for n in (80, 160):
+        log_snr = -np.log(12.0) + (np.log(12.0) - np.log(0.05)) * np.linspace(0, 1, n + 1) ** 2
+        grid = through_ratios(PROCESSES[kind], np.exp(-log_snr))
+        x = np.array([-1.3, 0.2, 2.1]) * grid.sigma[0]
+        got = execute(make_plan(solver, grid, **options), gaussian.denoise, x)
+        errors.append(np.abs(got - gaussian.exact(x, grid.point(0), grid.point(n))).max())
+    assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.25), errors
+    assert errors[1] < 0.05
+
+
+STOCHASTIC = [
+    ("ddim", {"eta": 0.4}),
+    ("ddim", {"eta": 1.0}),
+    ("ddpm", {}),
+    ("euler_ancestral", {}),
+    ("euler_ancestral", {"eta": 0.7}),
+    ("euler", {"s_churn": 3.0}),
+    ("heun", {"s_churn": 100.0, "s_tmin": 0.3, "s_tmax": 5.0}),
+    ("dpmpp_2m_sde", {}),
+    ("dpmpp_2m_sde", {"eta": 0.5, "variant": "heun"}),
+    ("dpmpp_3m_sde", {}),
+    ("dpmpp_3m_sde", {"eta": 0.3}),
+]
+LEVELS = np.array([9.0, 6.2, 4.1, 2.4, 1.3, 0.9, 0.31, 0.08])
+
+
+@pytest.mark.parametrize("kind", PROCESSES)
+@pytest.mark.parametrize(("solver", "options"), STOCHASTIC, ids=str)
+def test_noise_keeps_the_marginal_of_a_point(solver: str, options: dict, kind: str) -> None:
+    """Data that is one point: d is that point, and x must stay exactly N(alpha x_0, sigma^2) however coarse the grid."""
+    grid = through_ratios(PROCESSES[kind], LEVELS)
+    plan = make_plan(solver, grid, **options)
+    # x as coefficients of (1, initial noise, draw 1, draw 2, ...): the solver is linear in them.
+    basis = np.eye(2 + len(plan.rows) + 1)
+    first = plan.rows[0].point
+    x = first.alpha * MEAN * basis[0] + first.sigma * basis[1]
+    x = execute(plan, lambda x, p: MEAN * basis[0], x, {k: basis[1 + k] for k in range(1, len(plan.rows) + 1)})
+    assert sum(row.draw > 0 for row in plan.rows) > 3
+    assert x[0] == pytest.approx(grid.alpha[-1] * MEAN, rel=1e-12)
+    assert np.linalg.norm(x[1:]) == pytest.approx(grid.sigma[-1], rel=1e-12)
+
+
+@pytest.mark.parametrize(("solver", "options"), [s for s in STOCHASTIC if "s_churn" not in s[1]], ids=str)
+def test_variance_converges_to_the_data(solver: str, options: dict) -> None:
+    """Gaussian data: the variance at sigma 0 tends to the data's, at first order or better."""
+    errors = []
+    for n in (100, 200):
+        grid = through_ratios(PROCESSES["ve"], np.append(np.geomspace(200.0, 0.002, n), 0.0))
+        plan = make_plan(solver, grid, **options)
+        basis = np.eye(1 + len(plan.rows) + 1)
+        noise = {k: basis[k] for k in range(1, len(plan.rows) + 1)}
+        x = execute(plan, lambda x, p: gaussian.denoise(x, p, mean=0.0), plan.scale * basis[0], noise)
+        errors.append(abs(np.linalg.norm(x) / gaussian.STD - 1))
+    assert errors[0] < 0.12 and errors[1] < 0.6 * errors[0], errors
+
+
+CHURN = {"s_churn": 3.0, "s_tmin": 0.2, "s_tmax": 7.0, "s_noise": 1.01}
+LITERAL = [
+    *STOCHASTIC[:5],
+    ("ddpm", {"variance": "large"}),
+    ("euler_ancestral", {"eta": 0.7, "s_noise": 1.1}),
+    ("ddim", {}),
+    ("euler", {}),
+    ("heun", {}),
+    ("euler", CHURN),
+    ("heun", CHURN),
+    ("dpmpp_2m", {}),
+    ("dpmpp_2m", {"variant": "heun"}),
+    *STOCHASTIC[7:],
+    ("dpmpp_2m_sde", {"s_noise": 1.1}),
+    ("dpmpp_3m_sde", {"s_noise": 1.1, "eta": 0.0}),
+    *[("unipc", {"order": k, "variant": v}) for k in (1, 2, 3) for v in ("bh1", "bh2")],
+    ("unipc", {"order": 3, "corrector": False}),
+]
+
+
+@pytest.mark.parametrize("kind", PROCESSES)
+@pytest.mark.parametrize("end", [(), (0.0,)], ids=["to sigma 0.08", "to sigma 0"])
+@pytest.mark.parametrize(("solver", "options"), LITERAL, ids=str)
+def test_equals_the_literal_loop(solver: str, options: dict, end: tuple[float, ...], kind: str) -> None:
+    if kind != "vp" and solver == "ddpm" and options.get("variance") == "large":
+        kind = "vp"  # beta is a notion of the variance preserving process
+    levels = np.append(LEVELS, end)
+    noise = PROCESSES[kind]
+    plan = make_plan(solver, through_ratios(noise, levels), **options)
+    rng = np.random.default_rng(0)
+    draws = {row.draw: rng.standard_normal(3) for row in plan.rows if row.draw}
+    y = rng.standard_normal(3) * levels[0]
+
+    def model(y: np.ndarray, level: float) -> np.ndarray:
+        return np.tanh(y / (1 + level)) + 0.3 * np.cos(3 * level)
+
+    got = execute(plan, lambda x, p: model(x / p.alpha, p.sigma / p.alpha), y * plan.rows[0].point.alpha, draws)
+    alpha_end = noise.at_ratio(levels[-1])[0]
+    expected = getattr(literal, solver)(model, y, levels, list(draws.values()), **options)
+    np.testing.assert_allclose(got / alpha_end, expected, rtol=2e-12, atol=2e-12)
+
+
+@pytest.mark.parametrize("solver", ["flow_euler", "flow_heun"])
+def test_flow_equals_the_literal_loop_from_pure_noise(solver: str) -> None:
+    times = np.array([1.0, 0.93, 0.8, 0.5, 0.44, 0.1, 0.0])
+    plan = make_plan(solver, schedules.grid(schedules.flow(), sigmas=times))
+    x = np.random.default_rng(0).standard_normal(3)
+    got = execute(plan, lambda x, p: x - p.time * np.sin(2 * x + p.time), x)
+    np.testing.assert_allclose(got, getattr(literal, solver)(lambda x, t: np.sin(2 * x + t), x, times), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("solver", sorted(set(SOLVERS) - {"heun"}))
+def test_zero_terminal_snr(solver: str) -> None:
+    """From alpha = 0 every solver but Heun's takes a finite first step; with exact d for point data it ends at the point."""
+    grid = schedules.grid(schedules.zero_terminal_snr(schedules.scaled_linear()), 8)
+    assert grid.alpha[0] == 0
+    plan = make_plan(solver, grid)
+    assert execute(plan, lambda x, p: MEAN + 0 * x, np.ones(1), dict.fromkeys(range(1, 20), np.ones(1)))[0] == pytest.approx(
+        MEAN, abs=1e-12
+    )
+
+
+def test_heun_refuses_zero_terminal_snr() -> None:
+    with pytest.raises(ValueError, match=r"solver: got 'heun'.*supported: a grid that starts at alpha > 0"):
+        make_plan("heun", schedules.grid(schedules.flow(), 4))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+def test_few_steps(solver: str, steps: int) -> None:
+    """The shortest plans work; one step from noise returns the denoised prediction."""
+    plan = make_plan(solver, schedules.grid(schedules.edm(), steps))
+    rng = np.random.default_rng(0)
+    out = execute(plan, gaussian.denoise, np.array([40.0]), {row.draw: rng.standard_normal(1) for row in plan.rows})
+    assert np.isfinite(out).all()
+    if steps == 1:
+        assert out == pytest.approx(gaussian.denoise(40.0, plan.rows[0].point))
+
+
+def test_unknown_names_offer_the_nearest() -> None:
+    grid = schedules.grid(schedules.edm(), 4)
+    with pytest.raises(ValueError, match=r"solver: got 'dpmp_2m' \(did you mean dpmpp_2m"):
+        make_plan("dpmp_2m", grid)
+    with pytest.raises(ValueError, match=r"options: got 'churn' \(did you mean s_churn"):
+        make_plan("euler", grid, churn=1.0)
+    with pytest.raises(ValueError, match=r"options: got 'eta', supported: none"):
+        make_plan("flow_euler", grid, eta=1.0)
+    with pytest.raises(ValueError, match=r"variant: got 'bh3', supported: 'bh1', 'bh2'"):
+        make_plan("unipc", grid, variant="bh3")
+
+
+def test_registry_is_whole() -> None:
+    """Every solver has a docstring and keyword-only options with defaults, so that a name alone is enough."""
+    for name, function in SOLVERS.items():
+        _, *options = inspect.signature(function).parameters.values()
+        assert function.__doc__ and function.__name__ == name
+        assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in options)
+
+
+def _row(outputs: dict) -> Row:
+    return Row(Point(1.0, 1.0, 1.0), outputs)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([_row({0: {"x": 1.0, 2: 1.0}})], r"row 0 reads slots \[2\] before they are written"),
+        ([_row({1: {"x": 1.0}})], "row 0 does not write the state"),
+        ([_row({0: {"x": float("inf")}})], "not finite in row 0"),
+        ([_row({k: {"x": 1.0} for k in range(4)})], "with 4 outputs"),
+    ],
+)
+def test_assemble_checks_rows(rows: list[Row], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_plan(lambda g: iter(rows), schedules.grid(schedules.edm(), 4))
+
+
+def _diffusers(name: str, **config: object):
+    diffusers = pytest.importorskip("diffusers")
+    return getattr(diffusers, name)(**config)
+
+
+def _run_scheduler(scheduler, model, x: torch.Tensor) -> torch.Tensor:
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(scheduler.scale_model_input(x, t), float(t)), t, x).prev_sample
+    return x
+
+
+BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "config", "solver", "options"),
+    [
+        ("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"}, "ddim", {}),
+        ("DPMSolverMultistepScheduler", {}, "dpmpp_2m", {}),
+        ("DPMSolverMultistepScheduler", {"solver_type": "heun", "timestep_spacing": "trailing"}, "dpmpp_2m", {"variant": "heun"}),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3}, "dpmpp_2m", {"order": 3, "lower_order_final": True}),
+        ("UniPCMultistepScheduler", {}, "unipc", {}),
+        ("UniPCMultistepScheduler", {"solver_order": 3}, "unipc", {"order": 3}),
+        ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}, "euler", {}),
+        ("HeunDiscreteScheduler", {"timestep_spacing": "trailing"}, "heun", {}),
+    ],
+)
+def test_equals_diffusers(scheduler: str, config: dict, solver: str, options: dict) -> None:
+    stock = _diffusers(scheduler, **BETAS, **config)
+    stock.set_timesteps(10)
+    times = list(dict.fromkeys(stock.timesteps.tolist()))
+    noise = schedules.scaled_linear()
+    plan = make_plan(solver, schedules.grid(noise, timesteps=times), **options)
+
+    def epsilon(x: torch.Tensor, t: float) -> torch.Tensor:
+        return torch.sin(2 * x + t / 300) * 0.8 + 0.1 * x
+
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3)))
+    ours = execute(plan, lambda x, p: (x - p.sigma * epsilon(torch.from_numpy(x), p.time).numpy()) / p.alpha, x.numpy())
+    # The two schedulers below keep y = x / alpha and scale the network's input themselves.
+    first = plan.rows[0].point
+    theirs = _run_scheduler(stock, epsilon, x / first.alpha if scheduler in ("EulerDiscreteScheduler", "HeunDiscreteScheduler") else x)
+    np.testing.assert_allclose(ours, theirs.double().numpy(), rtol=2e-4, atol=2e-4)
+
+
+def test_equals_diffusers_flow_match_euler() -> None:
+    stock = _diffusers("FlowMatchEulerDiscreteScheduler", shift=3.0)
+    stock.set_timesteps(sigmas=np.linspace(1, 1 / 10, 10))
+    grid = schedules.grid(schedules.flow(3.0), 10)
+    np.testing.assert_allclose(grid.time, stock.sigmas.double().numpy(), atol=1e-7)
+
+    def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+        return torch.sin(2 * x + t) * 0.8
+
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal(6))
+    theirs = x.clone()
+    for t in stock.timesteps:
+        theirs = stock.step(velocity(theirs, float(t) / 1000), t, theirs).prev_sample
+    ours = execute(make_plan("flow_euler", grid), lambda x, p: x - p.time * velocity(torch.from_numpy(x), p.time).numpy(), x.numpy())
+    np.testing.assert_allclose(ours, theirs.double().numpy(), rtol=1e-5, atol=1e-5)
