@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 __version__ = version("genfast")
 
-from genfast import schedules
+from genfast import ops, reference, schedules
+from genfast.samplers import Denoiser, Plan, Sampler
 
-__all__ = ["__version__", "schedules"]
+__all__ = ["Denoiser", "Plan", "Sampler", "__version__", "ops", "reference", "schedules"]

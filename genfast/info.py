@@ -31,7 +31,7 @@ def cpu_isa(level: str | None = None) -> str:
 def facts() -> dict[str, str]:
     """The lines of ``genfast info``, as a dictionary."""
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    cuda_sizes = [p for p in _library.loaded.directory.glob("libgenfast_*.so")]
+    cuda_sizes = list(_library.loaded.directory.glob("libgenfast_*.so"))
     return {
         "genfast": __version__,
         "python": f"{platform.python_version()} ({sys.platform})",
@@ -39,7 +39,7 @@ def facts() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "built with": f"g++ {_C.compiler}" + (f", nvcc {_C.nvcc_version}" if _C.nvcc_version else ", no nvcc: CPU only"),
         "runs on": f"torch {_C.torch_target} and newer (stable ABI)",
-        "CUDA archs": ", ".join(f"sm_{a}" for a in _C.cuda_archs.split(";") if a) or "none built",
+        "CUDA archs": ", ".join(f"sm_{a}" for a in _C.cuda_archs.split(",") if a) or "none built",
         "CUDA devices": ", ".join(devices) or "none seen by torch",
         "CPU kernels": _library.loaded.cpu,
         "CPU ISA": cpu_isa() + (" (GENFAST_CPU_ISA)" if os.environ.get("GENFAST_CPU_ISA") else ""),
