@@ -39,6 +39,8 @@ def wanted(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a gradient, a tangent or a torch.func transform is about. While compiling, `_refuse` looks for the last two."""
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
+        return False
     return any(t is not None and _has_derivative(t) for t in tensors)
 
 

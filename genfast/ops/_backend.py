@@ -48,6 +48,18 @@ def _noise_(out: Tensor, seeds: Tensor, draw: int, stream: int, uniform: bool) -
     out.copy_(fill(seeds, out.shape, draw=draw, stream=stream, dtype=out.dtype))
 
 
+def _check_row(index: Tensor, row: int, slots: int) -> None:
+    """What the kernels' launchers check in host memory: Python's negative indices must not pass for slots or rows."""
+    if not 0 <= row < len(index):
+        raise RuntimeError(f"counter: got {row}, supported: 0 to {len(index) - 1}")
+    draw, outputs, terms, *used = index[row].tolist()
+    for slot in (*used[:terms], *used[6 : 6 + outputs]):
+        if not 0 <= slot < slots:
+            raise RuntimeError(f"index: got slot {slot}, supported: 0 to {slots - 1}")
+    if not 0 <= draw < 2**32:
+        raise RuntimeError(f"index: got draw {draw}, supported: 0 to 2**32 - 1")
+
+
 def _solver_step_(
     ring: Tensor | list[Tensor],
     cond: Tensor,
@@ -62,6 +74,7 @@ def _solver_step_(
     threshold: bool,
 ) -> None:
     _reference_runs(cond.device)
+    _check_row(index, int(counter), len(ring))
     options = {"uncond": uncond, "seeds": seeds, "model_input": model_input, "watch": watch}
     reference.solver_step_(ring, cond, coef, index, counter, **options, rescale=rescale, threshold=threshold)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def check_seeds(seeds: Tensor, batch: int, device: torch.device) -> None:
         raise refusal("seeds", lowest, "integers in [0, 2^63)")
 
 
-def bump_versions(tensors: Iterable[Tensor | None]) -> None:
-    """Tell autograd that kernels wrote these (a compiled graph and an inference tensor keep no such count)."""
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version([t for t in tensors if t is not None and not t.is_inference()])
+def bump_version(t: Tensor | None) -> None:
+    """Tell autograd that a kernel wrote ``t`` (a compiled graph and an inference tensor keep no such count)."""
+    if t is not None and not torch.compiler.is_compiling() and not t.is_inference():
+        torch.autograd.graph.increment_version(t)

@@ -10,7 +10,7 @@ from torch import Tensor
 from genfast.reference.solver_step import layout_of
 
 from . import _autograd, _backend
-from ._checks import bump_versions, check_dtype, check_mutable, check_seeds, check_tensor, readable, refusal
+from ._checks import bump_version, check_dtype, check_mutable, check_seeds, check_tensor, readable, refusal
 
 # csrc/ops/solver_step/params.h has the same numbers; a test compares.
 MAX_SLOTS, MAX_HISTORY, MAX_OUTPUTS, TERMS, ROW_FLOATS, ROW_INTS = 16, 6, 3, 10, 40, 12
@@ -107,15 +107,15 @@ def solver_step_(
     asks for it, ``watch`` (B,) int64 the smallest row whose first output was not finite. ``rescale`` and ``threshold`` say whether
     rows may use those two; where False, phi and quantile of every row count as 0.
 
-    Raises ValueError, before anything is written, for other shapes, dtypes, layouts and devices and for anything that requires a
-    gradient: use `solver_step` there. Row and seeds are checked in host memory only. `torch.ops.genfast.solver_step_` is the
-    same without the checks, for a loop whose arguments have passed once.
+    Raises, before anything is written, ValueError for other shapes, dtypes, layouts and devices and for anything that requires a
+    gradient (use `solver_step` there), and RuntimeError for a counter or row out of range. What counter, rows and seeds hold is
+    checked in host memory only. `torch.ops.genfast.solver_step_` is the same without the checks of this function, for a loop whose
+    arguments have passed once.
     """
-    x = ring[0]
-    _check_state("ring", x)
     if not 1 <= len(ring) <= MAX_SLOTS:
         raise refusal("ring", f"{len(ring)} slots", f"1 to {MAX_SLOTS}")
-    layout = layout_of(x)
+    x = ring[0]
+    layout = _check_state("ring", x)
     if not x.is_contiguous(memory_format=layout):
         raise refusal("ring", f"slots with strides {x.stride()}", "contiguous, channels_last or channels_last_3d slots")
     if isinstance(ring, Tensor):
@@ -129,11 +129,11 @@ def solver_step_(
             if slot.stride() != x.stride():
                 raise refusal(f"ring[{k}]", f"strides {slot.stride()}", f"those of ring[0], {x.stride()}")
     cond, uncond = _model_output(x, cond, uncond)
-    cond, uncond = cond.contiguous(memory_format=layout), None if uncond is None else uncond.contiguous(memory_format=layout)
+    cond = cond.contiguous(memory_format=layout)
+    if uncond is not None:
+        uncond = uncond.contiguous(memory_format=layout)
     _check_table(x, coef, index, seeds)
     check_tensor("counter", counter, (1,), torch.int64, x.device)
-    if readable(counter):
-        _check_row(coef, index, int(counter), len(ring), seeds)
     if model_input is not None:
         _check_model_input(x, model_input, layout)
     if watch is not None:
@@ -141,10 +141,13 @@ def solver_step_(
     _autograd.refuse_derivatives("solver_step_", (x, cond, uncond, coef), "genfast.ops.solver_step")
     if isinstance(ring, Tensor):
         _backend.namespace.solver_step_(ring, cond, uncond, coef, index, counter, seeds, model_input, watch, rescale, threshold)
-        bump_versions((ring, model_input, watch))
+        bump_version(ring)
     else:
         _backend.namespace.solver_step_slots_(ring, cond, uncond, coef, index, counter, seeds, model_input, watch, rescale, threshold)
-        bump_versions((*ring, model_input, watch))
+        for slot in ring:
+            bump_version(slot)
+    bump_version(model_input)
+    bump_version(watch)
 
 
 def solver_step(
@@ -170,7 +173,7 @@ def solver_step(
     if not 1 <= outputs <= MAX_OUTPUTS:
         raise refusal("outputs", outputs, f"1 to {MAX_OUTPUTS}")
     x, *history = inputs
-    _check_state("inputs[0]", x)
+    _check_state("inputs", x)
     for j, h in enumerate(history):
         check_tensor(f"inputs[{j + 1}]", h, x.shape, x.dtype, x.device)
     cond, uncond = _model_output(x, cond, uncond)
@@ -182,8 +185,6 @@ def solver_step(
         n_history = int(index[0, NUM_HIST])
         if n_history != len(history):
             raise refusal("inputs", f"{len(history)} history terms", f"{n_history}, as many as the row has")
-        if seeds is None:
-            _check_no_noise(coef, 0)
     result: list[Tensor]
     if _autograd.wanted((*inputs, cond, uncond, coef)):
         result = _autograd.solver_step(inputs, cond, uncond, coef, index, seeds, outputs, rescale, threshold)
@@ -193,10 +194,11 @@ def solver_step(
     return result
 
 
-def _check_state(name: str, x: Tensor) -> None:
+def _check_state(name: str, x: Tensor) -> torch.memory_format:
     if x.ndim < 1:
-        raise refusal(name, "a tensor without dimensions", "(B, *sample)")
+        raise refusal(name, "a state without dimensions", "(B, *sample)")
     check_dtype(name, x.dtype)
+    return layout_of(x)
 
 
 def _model_output(x: Tensor, cond: Tensor, uncond: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -232,33 +234,10 @@ def _check_model_input(x: Tensor, model_input: Tensor, layout: torch.memory_form
 
 
 def _check_table(x: Tensor, coef: Tensor, index: Tensor, seeds: Tensor | None) -> None:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if coef.ndim != 2 or coef.shape[1] != ROW_FLOATS or len(coef) < 1 or not coef.is_contiguous():
-        raise refusal("coef", f"shape {tuple(coef.shape)}, strides {coef.stride()}", f"contiguous (rows, {ROW_FLOATS})")
-    if index.ndim != 2 or not index.is_contiguous():
-        raise refusal("index", f"shape {tuple(index.shape)}, strides {index.stride()}", f"contiguous (rows, {ROW_INTS})")
-    check_tensor("coef", coef, coef.shape, wide, x.device)
-    check_tensor("index", index, (len(coef), ROW_INTS), torch.int64, x.device)
+    rows = max(len(index), 1)
+    check_tensor("coef", coef, (rows, ROW_FLOATS), torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
+    check_tensor("index", index, (rows, ROW_INTS), torch.int64, x.device)
+    if not (coef.is_contiguous() and index.is_contiguous()):
+        raise refusal("coef and index", f"strides {coef.stride()} and {index.stride()}", "contiguous tables")
     if seeds is not None:
         check_seeds(seeds, x.shape[0], x.device)
-
-
-def _check_row(coef: Tensor, index: Tensor, row: int, slots: int, seeds: Tensor | None) -> None:
-    if not 0 <= row < len(index):
-        raise refusal("counter", row, f"0 to {len(index) - 1}")
-    integers = index[row].tolist()
-    n_out, n_history = integers[NUM_OUT:HIST_SLOT]
-    if not (1 <= n_out <= MAX_OUTPUTS and 0 <= n_history <= MAX_HISTORY):
-        raise refusal("index", f"{n_out} outputs and {n_history} history terms", f"1 to {MAX_OUTPUTS} and 0 to {MAX_HISTORY}")
-    if not 0 <= integers[DRAW] < 2**32:
-        raise refusal("index", f"draw {integers[DRAW]}", "[0, 2^32)")
-    for slot in (*integers[HIST_SLOT : HIST_SLOT + n_history], *integers[OUT_SLOT : OUT_SLOT + n_out]):
-        if not 0 <= slot < slots:
-            raise refusal("index", f"slot {slot}", f"0 to {slots - 1}")
-    if seeds is None:
-        _check_no_noise(coef, row)
-
-
-def _check_no_noise(coef: Tensor, row: int) -> None:
-    if any(coef[row, COEF + NAMED_TERMS["noise"] : COEF + MAX_OUTPUTS * TERMS : TERMS].tolist()):
-        raise refusal("seeds", None, "(B,) int64, because the row draws noise")
