@@ -48,6 +48,47 @@ def _train_diffusion(arguments: argparse.Namespace) -> None:
     print(json.dumps(last))
 
 
+def _sample(arguments: argparse.Namespace) -> None:
+    from genfast.samplers import Sampler
+    from genfast.train import pictures
+
+    denoiser, about = pictures.load_denoiser(arguments.weights or pictures.SHIPPED, arguments.device)
+    classes = about.get("classes", [])
+    labels = range(max(1, len(classes))) if arguments.labels is None else [_label(word, classes) for word in arguments.labels.split(",")]
+    seeds = _numbers(arguments.seeds)
+    sampler = Sampler(
+        arguments.solver,
+        steps=arguments.steps,
+        sigmas=arguments.sigmas,
+        guidance_scale=arguments.guidance_scale if classes else 1.0,
+        impl=arguments.impl,
+    )
+    x = pictures.draw(denoiser, sampler, labels, seeds, about["size"])
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    pictures.grid(x, len(seeds), [classes[label] for label in labels] if classes else ()).save(arguments.out)
+    print(arguments.out)
+
+
+def _label(word: str, classes: Sequence[str]) -> int:
+    names = [name.lower() for name in classes]
+    if word.strip().lower() in names:
+        return names.index(word.strip().lower())
+    if word.strip().isdecimal() and int(word) < len(classes):
+        return int(word)
+    raise ValueError(f"--labels: got {word!r}, supported: {', '.join(f'{i} ({name})' for i, name in enumerate(classes)) or 'none'}")
+
+
+def _numbers(text: str) -> list[int]:
+    """ "0-7" or "3,5,8-9" as a list."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not (last.isdecimal() and int(last) >= int(first))):
+            raise ValueError(f"--seeds: got {text!r}, supported: numbers and ranges such as 0-7 or 3,5,8-9")
+        numbers += range(int(first), int(last if dash else first) + 1)
+    return numbers
+
+
 def _bench(arguments: argparse.Namespace) -> None:
     root = Path(__file__).resolve().parent.parent
     if not (root / "benchmarks" / "run.py").exists():
@@ -78,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     add = diffusion.add_argument
     add("--data", default="fashion", help="name of a data set")
     add("--out", required=True, help="directory of everything written; an interrupted run there is continued")
-    add("--steps", type=int, default=5000, help="optimizer steps")
+    add("--steps", type=int, default=3000, help="optimizer steps")
     add("--batch", type=int, default=64, help="images a step")
     add("--seed", type=int, default=0, help="of the initial weights and of every draw")
     add("--validation", type=int, default=1000, help="held-out images")
@@ -99,6 +140,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoint-every", type=int, default=500, help="steps")
     add("--sample-every", type=int, default=0, help="steps between sample grids; 0: none")
     diffusion.set_defaults(run=_train_diffusion)
+
+    sample = commands.add_parser("sample", help="draw pictures: a row a label, a column a seed", formatter_class=formatter)
+    add = sample.add_argument
+    add("--weights", type=Path, help="what training saved as ema.safetensors; the shipped Fashion-MNIST model when not given")
+    add("--out", type=Path, default=Path("samples.png"), help="the PNG to write")
+    add("--labels", help="names or numbers of classes, comma-separated; all when not given")
+    add("--seeds", default="0-7", help="seeds, such as 0-7 or 3,5,8-9")
+    add("--solver", default="dpmpp_2m", help="a name in genfast.samplers.SOLVERS")
+    add("--steps", type=int, default=20, help="steps of the solver")
+    add("--sigmas", help="grid of the solver, such as karras; its own when not given")
+    add("--guidance-scale", type=float, default=2.5, help="1: off")
+    add("--impl", choices=["fused", "reference"], default="fused", help="of the solver step; the bits are the same")
+    add("--device", default="cpu")
+    sample.set_defaults(run=_sample)
 
     bench = commands.add_parser("bench", help="run the benchmarks (in a checkout)")
     bench.add_argument("rest", nargs=argparse.REMAINDER, help="passed on")

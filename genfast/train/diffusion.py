@@ -25,7 +25,7 @@ from genfast.models.unet import UNet, save
 from genfast.schedules import NoiseSchedule
 from genfast.train import ema as averages
 from genfast.train.checkpoint import read_checkpoint, write_atomically, write_checkpoint
-from genfast.train.pictures import Prediction, sample_grid, time_name
+from genfast.train.pictures import Prediction, sample_grid
 
 # Streams of docs/noise.md. Every random number of a run is a function of (run seed, global sample number).
 TIMES, NOISE, LABELS, ORDER = 1, 2, 4, 5
@@ -72,10 +72,10 @@ def train_diffusion(
     The process is x_t = alpha(t) x_0 + sigma(t) n with x_0 = images / 127.5 - 1. The loss is the mean squared error of the prediction:
     "epsilon" n (Ho et al. 2020), "v" alpha n - sigma x_0 (Salimans and Ho 2022), "x0" x_0, "flow" n - x_0 (Liu et al. 2023).
 
-    ``out`` receives config.json, log.jsonl, loss.png (where matplotlib is installed), checkpoint.safetensors and the one before it,
-    samples-STEP.png, and at the end ema.safetensors, the averaged weights that `genfast.models.load` reads. A run that was killed at
-    any moment continues from its last checkpoint when called again with the same arguments, and ends with the same bits as one that was
-    not killed, on the same device with the same number of threads. A run that is finished returns at once.
+    ``out`` receives config.json, log.jsonl, loss.png (given validation images, where matplotlib is installed), checkpoint.safetensors
+    and the one before it, samples-STEP.png, and at the end ema.safetensors, the averaged weights that `genfast.models.load` reads. A
+    run that was killed at any moment continues from its last checkpoint when called again with the same arguments, and ends with the
+    same bits as one that was not killed, on the same device with the same number of threads. A run that is finished returns at once.
 
     Every random number is a function of the seed and of the global number of the sample (docs/noise.md), so no generator is saved.
 
@@ -85,6 +85,7 @@ def train_diffusion(
     noise = noise or (schedules.flow() if prediction == "flow" else schedules.cosine(1000))
     _check(net, images, labels, validation, noise, prediction)
     _check_numbers(steps, batch, seed, label_dropout, warmup, (log_every, validate_every, checkpoint_every))
+    gamma = averages.power_gamma(ema)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     device = next(net.parameters()).device
@@ -101,7 +102,6 @@ def train_diffusion(
     parameters = dict(net.named_parameters())
     average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=lr, betas=betas, weight_decay=weight_decay)
-    gamma = averages.power_gamma(ema)
     rng = import_module("genfast.reference.noise" if impl == "reference" else "genfast.ops.noise")
 
     done = 0
@@ -173,15 +173,15 @@ def train_diffusion(
             with _weights(net, average):
                 value = validation_loss(net, *validation, rng=rng, seed=seed, noise=noise, prediction=prediction)
             _append(out / "log.jsonl", rows, {"step": done, "validation_loss": value})
+            plot_log(rows, out / "loss.png")
         if sample_every and (done % sample_every == 0 or last):
             with _weights(net, average):
-                sample_grid(net, noise, prediction, images.shape[-2:], seed=seed).save(out / f"samples-{done:06d}.png")
+                sample_grid(net, noise, prediction, images.shape[-2:]).save(out / f"samples-{done:06d}.png")
         if done % checkpoint_every == 0 or last:
             state = {"step": done, "config": config, "threads": torch.get_num_threads(), "torch": torch.__version__}
             write_checkpoint(checkpoint, _tensors(parameters, average, optimizer), state)
-            plot_log(rows, out / "loss.png")
 
-    words = {"prediction": prediction, "time": time_name(noise), "noise": noise.name, "noise_steps": noise.steps, "shift": noise.shift}
+    words = {"prediction": prediction, "noise": noise.name, "noise_steps": noise.steps, "shift": noise.shift, "size": images.shape[-2:]}
     save(net, out / "ema.safetensors", average, **words, **(about or {}))
     net.load_state_dict(average)
     return rows[-1] if rows else {}
@@ -260,7 +260,8 @@ def plot_log(rows: list[dict[str, Any]], path: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1, label=key.replace("_", " "))
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(path, dpi=120)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -14,14 +14,17 @@ from genfast import schedules
 from genfast.models.unet import UNet, load
 from genfast.schedules import NoiseSchedule
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from genfast.samplers import Denoiser, Sampler
+
 Prediction = Literal["epsilon", "v", "x0", "flow"]
-SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "fashion.safetensors"
+SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "fashion.safetensors"  # docs/training.md says how it was made
 
 
-def load_for_sampling(path: str | Path = SHIPPED, device: str = "cpu") -> tuple[UNet, Any, dict[str, Any]]:
-    """A network that `train_diffusion` saved, ready for a `genfast.Sampler`: (network, denoiser, words saved with it)."""
-    from genfast.samplers import Denoiser
-
+def load_denoiser(path: str | Path = SHIPPED, device: str | torch.device = "cpu") -> tuple[Denoiser, dict[str, Any]]:
+    """What `train_diffusion` saved, ready for a `Sampler`, and the words saved with it ("classes", "size", ...)."""
     net, about = load(path)
     process = {
         "cosine": lambda: schedules.cosine(about["noise_steps"]),
@@ -31,30 +34,40 @@ def load_for_sampling(path: str | Path = SHIPPED, device: str = "cpu") -> tuple[
     }
     if about.get("noise") not in process:
         raise ValueError(f"path: got {path} with the noise process {about.get('noise')!r}, supported: {', '.join(map(repr, process))}")
-    noise = process[about["noise"]]()
-    return net, Denoiser(net.to(device), prediction=about["prediction"], noise=noise, time=time_name(noise)), about
+    return denoiser_of(net.to(device), process[about["noise"]](), about["prediction"]), about
 
 
-def time_name(noise: NoiseSchedule) -> Literal["index", "flow"]:
-    """What a network trained on ``noise`` is fed as its time, in `genfast.Denoiser`'s words."""
-    return "flow" if noise.kind == "flow" else "index"
+def denoiser_of(net: UNet, noise: NoiseSchedule, prediction: Prediction) -> Denoiser:
+    """The denoiser of a network trained by `train_diffusion`, which feeds it indices or flow times."""
+    from genfast.samplers import Denoiser
+
+    return Denoiser(net, prediction, noise=noise, time="flow" if noise.kind == "flow" else "index")
 
 
-def sample_grid(net: UNet, noise: NoiseSchedule, prediction: Prediction, size: Sequence[int], *, seed: int = 0, columns: int = 8) -> Any:
-    """A Pillow image of samples of ``size`` (H, W), a row a class, drawn with DPM-Solver++(2M), 20 steps and guidance 2.5."""
-    from genfast.samplers import Denoiser, Sampler
+def draw(denoiser: Denoiser, sampler: Sampler, labels: Sequence[int], seeds: Sequence[int], size: Sequence[int]) -> Tensor:
+    """Samples of every label with every seed: (len(labels) * len(seeds), C, H, W), the seeds of the first label first.
+
+    ``size`` is (H, W). For an unconditional network ``labels`` only counts rows, each with seeds of its own.
+    """
+    net: Any = denoiser.net
+    shape = (len(labels) * len(seeds), net.config.image_channels, *size)
+    if not net.config.num_classes:
+        return sampler(denoiser, shape, seeds=[seed + row * len(seeds) for row in range(len(labels)) for seed in seeds])
+    y = torch.tensor(labels, device=next(net.parameters()).device).repeat_interleave(len(seeds))
+    return sampler(denoiser, shape, seeds=[*seeds] * len(labels), cond={"y": y}, uncond={"y": torch.full_like(y, net.null_label)})
+
+
+def sample_grid(net: UNet, noise: NoiseSchedule, prediction: Prediction, size: Sequence[int], columns: int = 8) -> Image.Image:
+    """Samples with the seeds 0 to columns - 1, a row a class, drawn with DPM-Solver++(2M) in 20 steps at guidance 2.5."""
+    from genfast.samplers import Sampler
 
     classes = net.config.num_classes
-    y = torch.arange(max(1, classes), device=next(net.parameters()).device).repeat_interleave(columns)
-    cond, uncond = ({"y": y}, {"y": torch.full_like(y, net.null_label)}) if classes else ({}, None)
-    denoiser = Denoiser(net, prediction=prediction, noise=noise, time=time_name(noise))
     sampler = Sampler("dpmpp_2m", steps=20, guidance_scale=2.5 if classes else 1.0, progress=False)
-    shape = (len(y), net.config.image_channels, *size)
-    return grid(sampler(denoiser, shape=shape, seeds=range(seed * 2**40, seed * 2**40 + len(y)), cond=cond, uncond=uncond), columns)
+    return grid(draw(denoiser_of(net, noise, prediction), sampler, range(max(1, classes)), range(columns), size), columns)
 
 
-def grid(x: Tensor, columns: int, names: Sequence[str] = (), zoom: int = 2, gap: int = 2) -> Any:
-    """A Pillow image of ``x`` (B, 1 or 3, H, W) with values in [-1, 1], ``columns`` a row; ``names`` label the rows in a left margin."""
+def grid(x: Tensor, columns: int, names: Sequence[str] = (), zoom: int = 2, gap: int = 2) -> Image.Image:
+    """``x`` (B, 1 or 3, H, W) with values in [-1, 1] as a picture, ``columns`` images a row; ``names`` label the rows in a left margin."""
     from PIL import Image, ImageDraw
 
     pixels = ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
@@ -67,7 +80,7 @@ def grid(x: Tensor, columns: int, names: Sequence[str] = (), zoom: int = 2, gap:
         top, left = gap + i // columns * (height + gap), margin + i % columns * (width + gap)
         sheet[top : top + height, left : left + width] = image
     picture = Image.fromarray(sheet[:, :, 0] if channels == 1 else sheet)
-    draw = ImageDraw.Draw(picture)
+    pen = ImageDraw.Draw(picture)
     for row, name in enumerate(names):
-        draw.text((4, gap + row * (height + gap) + height // 2), name, fill=0 if channels == 1 else (0, 0, 0), anchor="lm")
+        pen.text((4, gap + row * (height + gap) + height // 2), name, fill=0 if channels == 1 else (0, 0, 0), anchor="lm")
     return picture
