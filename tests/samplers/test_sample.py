@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from genfast import reference, schedules
 from genfast.samplers import SOLVERS, Denoiser, Sampler
+from genfast.samplers.sample import _Run
 
 VP, VE, FLOW = schedules.scaled_linear(), schedules.edm(), schedules.flow()
 SHAPE = (3, 2, 4, 4)
@@ -318,3 +320,39 @@ def test_capture_equals_the_loop(solver: str) -> None:
         den, SHAPE, generator=generator, **{k: v for k, v in arguments.items() if k != "seeds"}
     )
     assert again.isfinite().all()
+
+
+class _Recorder(TorchDispatchMode):
+    """A stand-in for CUDA graph capture: replays the recorded operators on the same memory, with every Python value baked in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.calls:
+            new = func(*args, **kwargs)
+            if isinstance(out, Tensor) and new.data_ptr() != out.data_ptr():
+                out.copy_(new)
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "euler_ancestral", "heun", "unipc"])
+def test_a_step_does_not_depend_on_its_row(solver: str) -> None:
+    """What a CUDA graph needs, shown without one: the second step, recorded, is every later step."""
+    draw = Sampler(solver, sigmas=[9.0, 5.0, 2.0, 1.0, 0.5, 0.0], guidance_scale=3.0, progress=False)
+    y = torch.tensor([0.0, 0.0, 0.0, 0.1, 0.2, 0.3])
+    expected = draw(vp(), SHAPE, seeds=range(3), cond=y[3:], uncond=y[:3])
+    plan = draw.plan(VP)
+    n = len(plan.rows)
+    run = _Run(draw, vp(), plan, [3.0] * n, [True] * n, SHAPE, torch.device("cpu"), torch.arange(3), None, (None, y), None)
+    run._step(True)
+    with _Recorder() as recorder:
+        run._step(True)
+    for _ in plan.rows[2:]:
+        recorder.replay()
+    assert torch.equal(run.ring[0], expected)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from pathlib import Path
 
 import gaussian
 import literal
@@ -271,3 +273,18 @@ def test_equals_diffusers_flow_match_euler() -> None:
         theirs = stock.step(velocity(theirs, float(t) / 1000), t, theirs).prev_sample
     ours = execute(make_plan("flow_euler", grid), lambda x, p: x - p.time * velocity(torch.from_numpy(x), p.time).numpy(), x.numpy())
     np.testing.assert_allclose(ours, theirs.double().numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_documented_example_of_a_new_solver() -> None:
+    """docs/solvers.md's Adams-Bashforth is second order, used as a plain function."""
+    text = (Path(__file__).parents[2] / "docs" / "solvers.md").read_text()
+    source = next(block for block in text.split("```python\n") if block.startswith("def adams_bashforth_2")).split("```")[0]
+    scope = {"Grid": schedules.Grid, "Row": Row, "Iterator": Iterator}
+    exec(source, scope)
+    errors = []
+    for n in (100, 200):
+        grid = through_ratios(PROCESSES["vp"], np.geomspace(12, 0.05, n + 1))
+        x = np.array([-1.3, 0.2, 2.1])
+        got = execute(make_plan(scope["adams_bashforth_2"], grid), gaussian.denoise, x)
+        errors.append(np.abs(got - gaussian.exact(x, grid.point(0), grid.point(n))).max())
+    assert np.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.25)
