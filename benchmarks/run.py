@@ -9,6 +9,7 @@ import argparse
 import resource
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def time_steps(case: StepCase, dtype: torch.dtype, device: str, threads: int, co
         except ImportError:
             print("diffusers is not installed: its rows are left out", file=sys.stderr)
     target = torch.empty_like(x)
-    variants: dict[str, Callable[[], object]] = {name: (lambda run=run: run(x, cond, uncond)) for name, run in runs.items()}
+    variants: dict[str, Callable[[], object]] = {name: partial(run, x, cond, uncond) for name, run in runs.items()}
     variants["copy"] = lambda: [target.copy_(x) for _ in range(STEPS)]
     results = {name: run(x, cond, uncond).double().clone() for name, run in runs.items()}
     if "compiled" in results and not any(row.noisy for row in case.plan().rows):
@@ -88,8 +89,8 @@ def time_steps(case: StepCase, dtype: torch.dtype, device: str, threads: int, co
         if name == "genfast":
             rate = fused.bytes_per_step / t.median
             row |= {"bytes": round(fused.bytes_per_step), "gb_per_s": round(rate / 1e3, 2), "share_of_copy": round(rate / copy_rate, 3)}
-            error = (results["genfast"] - results["reference"]).abs().max().item()
-            row |= {"max_abs_difference_from_reference": error}
+            difference = (results["genfast"] - results["reference"]).abs().max().item()
+            row |= {"max_abs_difference_from_reference": difference}
         rows.append(row | facts)
     return rows
 

@@ -56,7 +56,7 @@ class _Clock:
                 call()
             end.record()
             end.synchronize()
-            return begin.elapsed_time(end) * 1e-3 / repeats
+            return float(begin.elapsed_time(end)) * 1e-3 / repeats
         start = time.perf_counter()
         for _ in range(repeats):
             call()

@@ -49,7 +49,17 @@ def test_the_timed_variants_compute_the_same(case: object) -> None:
 
 
 def test_report_makes_tables_from_rows_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = {"case": "c", "threads": 2, "device": "cpu", "cpu": "x", "isa": "avx2", "torch": "2", "commit": "abc", "date": "d", "command": "run"}
+    base = {
+        "case": "c",
+        "threads": 2,
+        "device": "cpu",
+        "cpu": "x",
+        "isa": "avx2",
+        "torch": "2",
+        "commit": "abc",
+        "date": "d",
+        "command": "run",
+    }
     rows = [base | {"variant": "genfast", "median_us": 10.0, "share_of_copy": 0.5}, base | {"variant": "diffusers", "median_us": 70.0}]
     (tmp_path / "steps-cpu.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     monkeypatch.setattr(report, "RESULTS", tmp_path)
