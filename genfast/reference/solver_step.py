@@ -96,7 +96,7 @@ def solver_step(
     if uncond is not None:
         uncond = uncond.to(wide)
         m = uncond + g * (cond - uncond)
-        if rescale and phi != 0:
+        if rescale and phi != 0 and m.numel():
             m = m * _per_sample(_rescale_factor(cond, m, phi, layout).to(wide), m)
     d = _sum([(ax, x), (am, m)], x)
     if clip != 0:
@@ -137,7 +137,7 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 def _tree_sum(v: Tensor) -> Tensor:
     """Sum of (B, n) float64 in the fixed order of docs/solver-step.md."""
-    chunks = F.pad(v, (0, -v.shape[1] % CHUNK)).view(len(v), -1, CHUNK // LANES, LANES)
+    chunks = F.pad(v, (0, -v.shape[1] % CHUNK)).unflatten(1, (-1, CHUNK // LANES, LANES))
     lanes = torch.zeros_like(chunks[:, :, 0])
     for j in range(CHUNK // LANES):
         lanes = lanes + chunks[:, :, j]
