@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any, Literal
 
@@ -121,18 +122,19 @@ class Sampler:
         plan = self.plan(den.noise)
         scale = self.guidance_scale
         scales = [float(scale(den.noise.sigma_of(row.point)) if callable(scale) else scale) for row in plan.rows]
-        guided = [g != 1 for g in scales]
-        self._check_call(shape, device, seeds, generator, uncond, init, any(guided))
+        guided = any(g != 1 for g in scales)
+        self._check_call(shape, device, seeds, generator, uncond, init, guided)
         seed_values = None if generator is not None else _seed_values(seeds, shape[0])
         self.last_seeds = None if seed_values is None else seed_values.tolist()
-        both = _stack(uncond, cond, shape[0]) if any(guided) else cond
+        both = _stack(uncond, cond, shape[0]) if guided else cond
         if 0 in shape:
             return torch.empty(shape, dtype=self.dtype, device=device)
         if generator is not None:
             plan = plan.with_noise_slot()
         if self.callback is not None:
             plan = plan.with_denoised()
-        return _Run(self, den, plan, scales, guided, shape, device, seed_values, generator, (cond, both), init).samples()
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return _Run(self, den, plan, scales, shape, device, seed_values, generator, (cond, both), init).samples()
 
     def _check_call(
         self,
@@ -167,7 +169,6 @@ class _Run:
         den: Denoiser,
         plan: Plan,
         scales: list[float],
-        guided: list[bool],
         shape: tuple[int, ...],
         device: torch.device,
         seeds: Tensor | None,
@@ -175,8 +176,9 @@ class _Run:
         conditions: tuple[Condition, Condition],
         init: Tensor | None,
     ) -> None:
-        self.sampler, self.den, self.plan, self.guided = sampler, den, plan, guided
+        self.sampler, self.den, self.plan = sampler, den, plan
         self.batch, self.generator, self.conditions = shape[0], generator, conditions
+        self.guided = guided = [g != 1 for g in scales]
         self.namespace = _NAMESPACES[sampler.impl]
         input_dtype = den.input_dtype(sampler.dtype)
         # The state itself can be the network's input, unless it is scaled, cast or doubled.

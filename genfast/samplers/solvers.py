@@ -67,6 +67,13 @@ def euler_ancestral(g: Grid, *, eta: float = 1.0, s_noise: float = 1.0) -> Rows:
     yield from ddim(g, eta=eta, s_noise=s_noise)
 
 
+def consistency(g: Grid) -> Rows:
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1), as of latent consistency models (Luo et al. 2023): d, noised anew."""
+    for i in range(g.steps):
+        q = g.point(i + 1)
+        yield Row(g.point(i), {0: {"d": q.alpha, "noise": q.sigma}})
+
+
 class _Churn:
     """The noise increase of Karras et al. 2022, algorithm 2, lines 4 to 6, folded into the row that arrives at the point.
 
@@ -137,7 +144,27 @@ def flow_heun(g: Grid) -> Rows:
 
 def _usable(g: Grid, i: int) -> int:
     """How many evaluations a multistep method can use at step i: this one and the earlier ones at a finite lambda."""
-    return i + 1 - int(i > 0 and np.isinf(g.log_snr[0]))
+    return i + 1 - int(i > 0 and g.alpha[0] == 0)
+
+
+def lms(g: Grid, *, order: int = 4) -> Rows:
+    """Linear multistep (Adams-Bashforth on any grid, as in k-diffusion): integrates the polynomial through the last slopes (y - d) / r."""
+    _choice("order", order, (1, 2, 3, 4))
+    for i in range(g.steps):
+        p, q = g.point(i), g.point(i + 1)
+        euler_step: dict[Term, float] = {"x": q.sigma / p.sigma, "d": q.alpha - p.alpha * q.sigma / p.sigma}
+        n = min(order, _usable(g, i))
+        kept = max(order - 1, 1)
+        slope: dict[Term, float] = {"x": 1 / p.sigma, "d": -p.alpha / p.sigma}
+        save: dict[int, dict[Term, float]] = {1 + i % kept: slope} if order > 1 and i + 1 < g.steps else {}
+        if n == 1:
+            yield Row(p, {0: euler_step, **save})
+            continue
+        dr = g.ratio[i + 1] - g.ratio[i]
+        nodes = (g.ratio[i - np.arange(n)] - g.ratio[i]) / dr
+        weights = q.alpha * dr * np.linalg.solve(np.vander(nodes, increasing=True).T, 1 / np.arange(1, n + 1))
+        out: dict[Term, float] = {"x": q.alpha / p.alpha + weights[0] / p.sigma, "d": -weights[0] * p.alpha / p.sigma}
+        yield Row(p, {0: out | {1 + (i - j) % kept: weights[j] for j in range(1, n)}, **save})
 
 
 def _dpmpp(g: Grid, order: int, variant: str, eta: float, s_noise: float, lower_order_final: bool, exact: bool = False) -> Rows:
@@ -244,7 +271,7 @@ def unipc(
         p, q = g.point(i), g.point(i + 1)
         key: dict[int, Term] = {i: "d", **{j: 2 + j % order for j in range(max(i - order, 0), i)}}
         state: dict[Term, float] = {"x": 1.0}
-        if corrector and i > 0 and np.isfinite(g.log_snr[i - 1]):
+        if corrector and i > 0 and g.alpha[i - 1] > 0:
             weights = _unipc_weights(g, i - 1, used, variant, corrector=True)
             state = {1: p.sigma / float(g.sigma[i - 1]), **{key[j]: w for j, w in weights.items()}}
         used = 1 if q.sigma == 0 else min(order, _usable(g, i), g.steps - i if lower_order_final else order)
@@ -257,7 +284,22 @@ def unipc(
 
 
 SOLVERS: dict[str, Solver] = {
-    f.__name__: f for f in (ddim, ddpm, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, unipc, flow_euler, flow_heun)
+    f.__name__: f
+    for f in (
+        ddim,
+        ddpm,
+        euler,
+        euler_ancestral,
+        consistency,
+        heun,
+        lms,
+        dpmpp_2m,
+        dpmpp_2m_sde,
+        dpmpp_3m_sde,
+        unipc,
+        flow_euler,
+        flow_heun,
+    )
 }
 
 

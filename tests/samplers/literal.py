@@ -73,6 +73,31 @@ def ddpm(D, y, levels, noise, variance="small"):
     return y
 
 
+def consistency(D, y, levels, noise):
+    """Song et al. 2023, algorithm 1, with epsilon = 0."""
+    noise = list(noise)
+    for r, r_next in pairwise(levels):
+        y = D(y, r)
+        if r_next > 0:
+            y = y + r_next * noise.pop(0)
+    return y
+
+
+def lms(D, y, levels, noise=(), order=4):
+    """k-diffusion's sample_lms: the Lagrange polynomials of the last slopes, integrated by quadrature."""
+    slopes = []
+    for i in range(len(levels) - 1):
+        slopes.append((y - D(y, levels[i])) / levels[i])
+        nodes = levels[max(i + 1 - order, 0) : i + 1]
+        points, weights = np.polynomial.legendre.leggauss(4)
+        half = (levels[i + 1] - levels[i]) / 2
+        for j, slope in zip(range(len(nodes)), slopes[-len(nodes) :], strict=True):
+            u = levels[i] + half * (points + 1)
+            basis = np.prod([(u - nodes[k]) / (nodes[j] - nodes[k]) for k in range(len(nodes)) if k != j], axis=0)
+            y = y + half * np.sum(weights * basis) * slope
+    return y
+
+
 def dpmpp_2m(D, y, levels, noise=(), variant="midpoint"):
     """Lu et al. 2022b, algorithm 2; "heun" replaces the second term's weight by that of the exactly integrated line."""
     old = h_last = None

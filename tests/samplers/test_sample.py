@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import gaussian
 import numpy as np
@@ -243,7 +245,7 @@ def test_one_step_and_the_terminal_point_of_a_flow() -> None:
 @pytest.mark.parametrize(
     ("options", "call", "message"),
     [
-        ({"solver": "dpm"}, {}, "solver: got 'dpm'.*supported: ddim, ddpm"),
+        ({"solver": "dpm"}, {}, "solver: got 'dpm'.*supported: consistency, ddim"),
         ({"impl": "fast"}, {}, "impl: got 'fast', supported: fused, reference"),
         ({"steps": 0}, {}, "steps: got 0"),
         ({"clip": 0.0}, {}, "clip: got 0.0, supported: None or a number above 0"),
@@ -323,11 +325,11 @@ def test_capture_equals_the_loop(solver: str) -> None:
 
 
 class _Recorder(TorchDispatchMode):
-    """A stand-in for CUDA graph capture: replays the recorded operators on the same memory, with every Python value baked in."""
+    """A stand-in for a CUDA graph: replays the recorded operators on the same memory, with every Python value baked in."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = []
+        self.calls, self.replays = [], 0
 
     def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         out = func(*args, **(kwargs or {}))
@@ -335,24 +337,50 @@ class _Recorder(TorchDispatchMode):
         return out
 
     def replay(self) -> None:
+        self.replays += 1
         for func, args, kwargs, out in self.calls:
             new = func(*args, **kwargs)
             if isinstance(out, Tensor) and new.data_ptr() != out.data_ptr():
                 out.copy_(new)
 
 
+@pytest.mark.parametrize("noisy", ["kernel", "generator"])
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "euler_ancestral", "heun", "unipc"])
-def test_a_step_does_not_depend_on_its_row(solver: str) -> None:
-    """What a CUDA graph needs, shown without one: the second step, recorded, is every later step."""
-    draw = Sampler(solver, sigmas=[9.0, 5.0, 2.0, 1.0, 0.5, 0.0], guidance_scale=3.0, progress=False)
-    y = torch.tensor([0.0, 0.0, 0.0, 0.1, 0.2, 0.3])
-    expected = draw(vp(), SHAPE, seeds=range(3), cond=y[3:], uncond=y[:3])
-    plan = draw.plan(VP)
-    n = len(plan.rows)
-    run = _Run(draw, vp(), plan, [3.0] * n, [True] * n, SHAPE, torch.device("cpu"), torch.arange(3), None, (None, y), None)
-    run._step(True)
-    with _Recorder() as recorder:
-        run._step(True)
-    for _ in plan.rows[2:]:
-        recorder.replay()
-    assert torch.equal(run.ring[0], expected)
+def test_one_recorded_step_serves_every_row(solver: str, noisy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What capture relies on, shown without a GPU: nothing in a step is baked in that belongs to its row."""
+    y, states = torch.tensor([0.0, 0.0, 0.0, 0.1, 0.2, 0.3]), {}
+    graphs: list[_Recorder] = []
+    draw = Sampler(
+        solver,
+        sigmas=[9.0, 7.0, 5.0, 3.0, 2.0, 1.0, 0.5, 0.0],
+        progress=False,
+        callback=lambda step, sigma, x, denoised: states.setdefault(step, []).append((x.clone(), denoised.clone())),
+    )
+    plan = draw.plan(VP).with_denoised()
+    plan = plan if noisy == "kernel" else plan.with_noise_slot()
+    scales = [3.0 if k in range(2, len(plan.rows) - 2) else 1.0 for k in range(len(plan.rows))]
+
+    def run() -> _Run:
+        noise = (torch.arange(3), None) if noisy == "kernel" else (None, torch.Generator().manual_seed(3))
+        return _Run(draw, vp(), plan, scales, SHAPE, torch.device("cpu"), *noise, (y[3:], y), None)
+
+    expected = run().samples()
+    draw.capture, captured = True, run()
+
+    @contextmanager
+    def record(graph: _Recorder) -> Iterator[None]:
+        """Recording a CUDA graph executes nothing: put back what the recorded step wrote."""
+        buffers = [captured.ring, captured.counter, captured.watch, captured.model_input]
+        before = [buffer.clone() for buffer in buffers]
+        with graph:
+            yield
+        graphs.append(graph)
+        for buffer, values in zip(buffers, before, strict=True):
+            buffer.copy_(values)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Recorder)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    assert torch.equal(captured.samples(), expected)
+    assert len(graphs) == 2 and sum(graph.replays for graph in graphs) == len(plan.rows) - 2
+    for one, two in states.values():
+        assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])

@@ -23,6 +23,7 @@ DETERMINISTIC = [
     ("flow_euler", {}, 1),
     ("heun", {}, 2),
     ("flow_heun", {}, 2),
+    *[("lms", {"order": k}, k) for k in (1, 2, 3, 4)],
     ("dpmpp_2m", {}, 2),
     ("dpmpp_2m", {"variant": "heun"}, 2),
     ("dpmpp_2m", {"order": 1}, 1),
@@ -56,6 +57,7 @@ STOCHASTIC = [
     ("ddpm", {}),
     ("euler_ancestral", {}),
     ("euler_ancestral", {"eta": 0.7}),
+    ("consistency", {}),
     ("euler", {"s_churn": 3.0}),
     ("heun", {"s_churn": 100.0, "s_tmin": 0.3, "s_tmax": 5.0}),
     ("dpmpp_2m_sde", {}),
@@ -82,7 +84,7 @@ def test_noise_keeps_the_marginal_of_a_point(solver: str, options: dict, kind: s
     assert np.linalg.norm(x[1:]) == pytest.approx(grid.sigma[-1], rel=1e-12)
 
 
-@pytest.mark.parametrize(("solver", "options"), [s for s in STOCHASTIC if "s_churn" not in s[1]], ids=str)
+@pytest.mark.parametrize(("solver", "options"), [s for s in STOCHASTIC if "s_churn" not in s[1] and s[0] != "consistency"], ids=str)
 def test_variance_converges_to_the_data(solver: str, options: dict) -> None:
     """Gaussian data: the variance at sigma 0 tends to the data's, at first order or better."""
     errors = []
@@ -98,7 +100,9 @@ def test_variance_converges_to_the_data(solver: str, options: dict) -> None:
 
 CHURN = {"s_churn": 3.0, "s_tmin": 0.2, "s_tmax": 7.0, "s_noise": 1.01}
 LITERAL = [
-    *STOCHASTIC[:5],
+    *STOCHASTIC[:6],
+    ("lms", {}),
+    ("lms", {"order": 2}),
     ("ddpm", {"variance": "large"}),
     ("euler_ancestral", {"eta": 0.7, "s_noise": 1.1}),
     ("ddim", {}),
@@ -108,7 +112,7 @@ LITERAL = [
     ("heun", CHURN),
     ("dpmpp_2m", {}),
     ("dpmpp_2m", {"variant": "heun"}),
-    *STOCHASTIC[7:],
+    *STOCHASTIC[8:],
     ("dpmpp_2m_sde", {"s_noise": 1.1}),
     ("dpmpp_3m_sde", {"s_noise": 1.1, "eta": 0.0}),
     *[("unipc", {"order": k, "variant": v}) for k in (1, 2, 3) for v in ("bh1", "bh2")],
@@ -288,3 +292,22 @@ def test_the_documented_example_of_a_new_solver() -> None:
         got = execute(make_plan(scope["adams_bashforth_2"], grid), gaussian.denoise, x)
         errors.append(np.abs(got - gaussian.exact(x, grid.point(0), grid.point(n))).max())
     assert np.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.25)
+
+
+@pytest.mark.parametrize(
+    ("solver", "options"),
+    [
+        ("unipc", {"order": 3}),
+        ("unipc", {"variant": "bh1"}),
+        ("dpmpp_2m", {"order": 3}),
+        ("dpmpp_2m_sde", {}),
+        ("dpmpp_3m_sde", {}),
+        ("heun", {}),
+    ],
+    ids=str,
+)
+def test_a_step_to_sigma_zero_returns_the_denoised_prediction(solver: str, options: dict) -> None:
+    if solver != "heun":
+        options = options | {"lower_order_final": False}
+    plan = make_plan(solver, schedules.grid(schedules.edm(), 6), **options)
+    assert plan.rows[-1].outputs[0] == {"d": pytest.approx(1.0, abs=1e-12)}
