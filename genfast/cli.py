@@ -93,13 +93,13 @@ def _bench(arguments: argparse.Namespace) -> None:
     root = Path(__file__).resolve().parent.parent
     if not (root / "benchmarks" / "run.py").exists():
         raise RuntimeError("the benchmarks are not part of the installed package; run this in a checkout of the repository")
-    sys.exit(subprocess.run([sys.executable, "-m", "benchmarks.run", *arguments.rest], cwd=root).returncode)
+    sys.exit(subprocess.run([sys.executable, "-m", "benchmarks.run", *arguments.passed_on], cwd=root).returncode)
 
 
 def _info(arguments: argparse.Namespace) -> None:
     from genfast import info
 
-    info.main()
+    sys.exit(info.main(arguments.passed_on))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -155,16 +155,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cpu")
     sample.set_defaults(run=_sample)
 
-    bench = commands.add_parser("bench", help="run the benchmarks (in a checkout)")
-    bench.add_argument("rest", nargs=argparse.REMAINDER, help="passed on")
-    bench.set_defaults(run=_bench)
-    commands.add_parser("info", help="what is installed and what it can do").set_defaults(run=_info)
+    commands.add_parser("bench", help="run the benchmarks, in a checkout", add_help=False).set_defaults(run=_bench)
+    commands.add_parser("info", help="what is installed and what it can do", add_help=False).set_defaults(run=_info)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line: 0 on success, 2 with one sentence on stderr for an error a user can mend."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.run not in (_bench, _info):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.passed_on = rest
     try:
         arguments.run(arguments)
     except (ValueError, RuntimeError, OSError, ArithmeticError, ImportError) as error:

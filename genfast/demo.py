@@ -62,7 +62,7 @@ def compare(denoiser: Denoiser, classes: int, size: Sequence[int], rounds: int =
 
 
 def _line(name: str, unit: str, scale: float, seconds: dict[str, list[float]]) -> str:
-    return f"{name + ', ' + unit:32}" + "".join(f"{statistics.median(values) * scale:>12.3g}" for values in seconds.values())
+    return f"{name + ', ' + unit:32}" + "".join(f"{statistics.median(values) * scale:>12,.1f}" for values in seconds.values())
 
 
 def _interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, list[float]], dict[str, Any]]:

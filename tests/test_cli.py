@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,3 +121,25 @@ def test_data_list(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     (tmp_path / "fashion").mkdir()
     cli.main(["data", "list"])
     assert f"in {tmp_path / 'fashion'}" in capsys.readouterr().out
+
+
+def test_what_is_passed_on_and_what_is_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+        commands.append(command[1:])
+        return subprocess.CompletedProcess(command, 3)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", run)
+        with pytest.raises(SystemExit, match="3"):
+            cli.main(["bench", "--quick", "x"])
+    assert commands == [["-m", "benchmarks.run", "--quick", "x"]]
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "genfast" / "cli.py"))
+    assert cli.main(["bench"]) == 2
+    assert "in a checkout of the repository" in sentence(capsys)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["data", "list", "--quick"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["info", "--brief"])
+    assert "genfast" in capsys.readouterr().out
