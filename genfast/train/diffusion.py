@@ -276,6 +276,9 @@ def _check(
     for name, x, y in (("images", images, labels), ("validation", *(validation or (images, labels)))):
         if x.dtype != np.uint8 or x.ndim not in (3, 4) or len(x) == 0:
             raise ValueError(f"{name}: got {x.dtype} of shape {x.shape}, supported: uint8 of shape (N, H, W) or (N, C, H, W), N at least 1")
+        channels, multiple = net.config.image_channels, 2 ** (len(net.config.channels) - 1)
+        if (1 if x.ndim == 3 else x.shape[1]) != channels or x.shape[-2] % multiple or x.shape[-1] % multiple:
+            raise ValueError(f"{name}: got shape {x.shape}, supported by this network: {channels} channels, sides divisible by {multiple}")
         if y is not None and (y.shape != x.shape[:1] or y.min() < 0 or y.max() >= net.config.num_classes):
             raise ValueError(
                 f"labels of {name}: got shape {y.shape}, from {y.min()} to {y.max()}, "

@@ -134,6 +134,11 @@ def test_flow_and_bfloat16_train(tmp_path: Path) -> None:
         ({"noise": schedules.edm()}, r"noise: got 'edm'"),
         ({"ema": 0.9}, r"ema: got 0.9"),
         ({"validation": (np.zeros((2, 8, 8), np.float32), None)}, r"validation: got float32"),
+        (
+            {"validation": (np.zeros((2, 3, 8, 8), np.uint8), None)},
+            r"validation: got shape \(2, 3, 8, 8\), supported by this network: 1 channels",
+        ),
+        ({"validation": (np.zeros((2, 8, 9), np.uint8), None)}, r"sides divisible by 2"),
         ({"validation": (np.zeros((2, 8, 8), np.uint8), np.array([0, 3]))}, r"labels of validation: got shape \(2,\), from 0 to 3"),
     ],
 )
