@@ -73,7 +73,7 @@ class Plan:
         rows, extra = [], 0
         for row in self.rows:
             slot = next((slot for slot, terms in row.outputs.items() if dict(terms) == {"d": 1.0}), None)
-            if slot in (0, None):
+            if slot is None:
                 slot, extra = self.slots, 1
                 row = replace(row, outputs={**row.outputs, slot: {"d": 1.0}})
             rows.append(replace(row, denoised=slot))

@@ -39,7 +39,8 @@ class Sampler:
     ``impl``: "fused" (kernels) or "reference" (plain PyTorch); both give the same bits.
     ``callback``: called as ``callback(step, sigma, x, denoised)`` after every evaluation, with the state it led to and the denoised
     prediction at ``sigma``, both (B, \\*sample) views that the next evaluation overwrites. It returns None.
-    ``capture``: record the network and the step in one CUDA graph and replay it; CUDA only, and the network must be capturable.
+    ``capture``: record the network and the step in one CUDA graph and replay it; CUDA only, and the network must be capturable. The
+    recording is kept for later calls of the same denoiser, shape and kind of condition; after replacing parameters, make a new Sampler.
     ``check_every``: look for states that are not finite after every so many evaluations (each look waits for the device), besides the end.
     ``dtype``: of the state and its history; ``memory_format``: of state and network input.
     """
@@ -92,6 +93,7 @@ class Sampler:
         self.capture, self.check_every = capture, check_every
         self.dtype, self.memory_format = dtype, memory_format
         self.last_seeds: list[int] | None = None  # of the latest call; None after a call with a generator
+        self._recorded: _Run | None = None
 
     def plan(self, noise: NoiseSchedule) -> Plan:
         """The plan this sampler executes on a process: inspect it with `Plan.table` and `Plan.plot`."""
@@ -134,7 +136,14 @@ class Sampler:
         if self.callback is not None:
             plan = plan.with_denoised()
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            return _Run(self, den, plan, scales, shape, device, seed_values, generator, (cond, both), init).samples()
+            run = _Run(self, den, plan, scales, shape, device, seed_values, generator, (cond, both), init)
+            if self.capture:
+                if self._recorded is not None and self._recorded.fits(run):
+                    self._recorded.adopt(run)
+                else:
+                    self._recorded = run
+                run = self._recorded
+            return run.samples()
 
     def _check_call(
         self,
@@ -206,7 +215,30 @@ class _Run:
             self.model_input.copy_(first.repeat(copies, *[1] * (len(shape) - 1)))
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
         self.watch = torch.full((shape[0],), _NEVER, dtype=torch.int64, device=device)
+        self.warm: set[bool] = set()  # the kinds of step, guided or not, that have run
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        if sampler.capture:
+            self.conditions = _clone(conditions[0]), _clone(conditions[1])  # later calls write theirs here
+
+    def _buffers(self) -> list[Tensor]:
+        """Everything that a recorded step reads or writes."""
+        fixed = [self.ring[0], self.counter, self.watch, self.program.coef, self.program.index, self.program.times]
+        optional = [buffer for buffer in (self.seeds, self.model_input) if buffer is not None]
+        return [*fixed, *optional, *(value for cond in self.conditions for value in _parts(cond).values() if isinstance(value, Tensor))]
+
+    def _signature(self) -> list[object]:
+        values = [(key, v) for cond in self.conditions for key, v in _parts(cond).items() if not isinstance(v, Tensor)]
+        return [len(self.ring), self.seeds is None, values, *((b.shape, b.stride(), b.dtype, b.device) for b in self._buffers())]
+
+    def fits(self, other: _Run) -> bool:
+        """Whether a step recorded here is also the other run's."""
+        return self.den is other.den and self._signature() == other._signature()
+
+    def adopt(self, other: _Run) -> None:
+        """Become the other run, in this one's memory."""
+        for mine, theirs in zip(self._buffers(), other._buffers(), strict=True):
+            mine.copy_(theirs)
+        self.plan, self.guided, self.generator = other.plan, other.guided, other.generator
 
     def _start(self, shape: tuple[int, ...], init: Tensor | None) -> None:
         state, point = self.ring[0], self.plan.rows[0].point
@@ -245,10 +277,10 @@ class _Run:
         )
         self.counter += 1
 
-    def _captured_step(self, guided: bool, seen: set[bool]) -> None:
+    def _captured_step(self, guided: bool) -> None:
         """The first step of a kind runs as it is and warms everything up, the second is recorded, and all from it on are replayed."""
-        if guided not in seen:
-            seen.add(guided)
+        if guided not in self.warm:
+            self.warm.add(guided)
             self._step(guided)
             return
         if guided not in self.graphs:
@@ -259,14 +291,13 @@ class _Run:
         self.graphs[guided].replay()
 
     def samples(self) -> Tensor:
-        seen: set[bool] = set()
         rows = self.plan.rows
         for k in _bar(range(len(rows)), self.sampler.progress):
             row = rows[k]
             if self.plan.noise_slot in row.reads:
                 self._draw(self.ring[self.plan.noise_slot])
             if self.sampler.capture:
-                self._captured_step(self.guided[k], seen)
+                self._captured_step(self.guided[k])
             else:
                 self._step(self.guided[k])
             if self.sampler.callback is not None and row.denoised is not None:
@@ -342,6 +373,16 @@ def _stack(uncond: Condition, cond: Condition, batch: int) -> Condition:
         else:
             raise ValueError(f"uncond[{key!r}]: got {uncond[key]!r} with cond {value!r}, supported: two tensors, or equal values")
     return stacked
+
+
+def _parts(cond: Condition) -> Mapping[str, Any]:
+    return cond if isinstance(cond, Mapping) else {"": cond}
+
+
+def _clone(cond: Condition) -> Condition:
+    if isinstance(cond, Mapping):
+        return {key: value.clone() if isinstance(value, Tensor) else value for key, value in cond.items()}
+    return None if cond is None else cond.clone()
 
 
 def _kind(cond: Condition) -> str:

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from genfast import reference, schedules
 from genfast.samplers import SOLVERS, Denoiser, Sampler
-from genfast.samplers.sample import _Run
 
 VP, VE, FLOW = schedules.scaled_linear(), schedules.edm(), schedules.flow()
 SHAPE = (3, 2, 4, 4)
@@ -346,31 +345,35 @@ class _Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("noisy", ["kernel", "generator"])
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "euler_ancestral", "heun", "unipc"])
-def test_one_recorded_step_serves_every_row(solver: str, noisy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What capture relies on, shown without a GPU: nothing in a step is baked in that belongs to its row."""
-    y, states = torch.tensor([0.0, 0.0, 0.0, 0.1, 0.2, 0.3]), {}
+def test_one_recorded_step_serves_every_row_and_call(solver: str, noisy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What capture relies on, shown without a GPU: nothing in a step is baked in that belongs to its row, seeds or condition."""
     graphs: list[_Recorder] = []
-    draw = Sampler(
-        solver,
-        sigmas=[9.0, 7.0, 5.0, 3.0, 2.0, 1.0, 0.5, 0.0],
-        progress=False,
-        callback=lambda step, sigma, x, denoised: states.setdefault(step, []).append((x.clone(), denoised.clone())),
-    )
-    plan = draw.plan(VP).with_denoised()
-    plan = plan if noisy == "kernel" else plan.with_noise_slot()
-    scales = [3.0 if k in range(2, len(plan.rows) - 2) else 1.0 for k in range(len(plan.rows))]
+    states: list[tuple[Tensor, Tensor]] = []
+    den, shifts = vp(), torch.tensor([0.1, 0.2, 0.3])
 
-    def run() -> _Run:
-        noise = (torch.arange(3), None) if noisy == "kernel" else (None, torch.Generator().manual_seed(3))
-        return _Run(draw, vp(), plan, scales, SHAPE, torch.device("cpu"), *noise, (y[3:], y), None)
+    def make(capture: bool) -> Sampler:
+        return Sampler(
+            solver,
+            sigmas=[9.0, 7.0, 5.0, 3.0, 2.0, 1.0, 0.5, 0.0],
+            guidance_scale=lambda sigma: 3.0 if 0.8 < sigma < 6 else 1.0,
+            progress=False,
+            capture=capture,
+            callback=lambda step, sigma, x, denoised: states.append((x.clone(), denoised.clone())),
+        )
 
-    expected = run().samples()
-    draw.capture, captured = True, run()
+    def call(draw: Sampler, number: int) -> Tensor:
+        noise = {"seeds": range(number, number + 3)} if noisy == "kernel" else {"generator": torch.Generator().manual_seed(number)}
+        return draw(den, SHAPE, cond={"shift": shifts * number}, uncond={"shift": shifts * 0}, **noise)
+
+    plain = make(capture=False)
+    expected, expected_states = [call(plain, 1), call(plain, 2)], list(states)
+    states.clear()
 
     @contextmanager
     def record(graph: _Recorder) -> Iterator[None]:
         """Recording a CUDA graph executes nothing: put back what the recorded step wrote."""
-        buffers = [captured.ring, captured.counter, captured.watch, captured.model_input]
+        run = draw._recorded
+        buffers = [run.ring, run.counter, run.watch, run.model_input]
         before = [buffer.clone() for buffer in buffers]
         with graph:
             yield
@@ -380,7 +383,11 @@ def test_one_recorded_step_serves_every_row(solver: str, noisy: str, monkeypatch
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", _Recorder)
     monkeypatch.setattr(torch.cuda, "graph", record)
-    assert torch.equal(captured.samples(), expected)
-    assert len(graphs) == 2 and sum(graph.replays for graph in graphs) == len(plan.rows) - 2
-    for one, two in states.values():
-        assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    monkeypatch.setattr(Sampler, "_check_call", lambda *_: None)
+    draw = make(capture=True)
+    assert all(torch.equal(call(draw, 1 + k), expected[k]) for k in (0, 1))
+    assert len(graphs) == 2 and sum(graph.replays for graph in graphs) == 2 * len(plain.plan(VP).rows) - 2
+    assert all(torch.equal(a, b) for one, two in zip(states, expected_states, strict=True) for a, b in zip(one, two, strict=True))
+    assert torch.equal(shifts, torch.tensor([0.1, 0.2, 0.3]))
+    four = {"seeds": range(4), "cond": {"shift": torch.zeros(4)}, "uncond": {"shift": torch.zeros(4)}}
+    assert draw(den, (4, *SHAPE[1:]), **four).shape[0] == 4 and len(graphs) == 4

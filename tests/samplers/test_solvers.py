@@ -151,12 +151,14 @@ def test_flow_equals_the_literal_loop_from_pure_noise(solver: str) -> None:
     np.testing.assert_allclose(got, getattr(literal, solver)(lambda x, t: np.sin(2 * x + t), x, times), rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("solver", sorted(set(SOLVERS) - {"heun"}))
-def test_zero_terminal_snr(solver: str) -> None:
+@pytest.mark.parametrize(
+    ("solver", "options"), [*((name, {}) for name in sorted(set(SOLVERS) - {"heun"})), ("unipc", {"order": 3, "variant": "bh1"})], ids=str
+)
+def test_zero_terminal_snr(solver: str, options: dict) -> None:
     """From alpha = 0 every solver but Heun's takes a finite first step; with exact d for point data it ends at the point."""
     grid = schedules.grid(schedules.zero_terminal_snr(schedules.scaled_linear()), 8)
     assert grid.alpha[0] == 0
-    plan = make_plan(solver, grid)
+    plan = make_plan(solver, grid, **options)
     assert execute(plan, lambda x, p: MEAN + 0 * x, np.ones(1), dict.fromkeys(range(1, 20), np.ones(1)))[0] == pytest.approx(
         MEAN, abs=1e-12
     )
