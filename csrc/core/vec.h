@@ -3,6 +3,7 @@
 // Arithmetic is gcc's vector extension: + - * / round each lane on its own.
 #pragma once
 #include <cstdint>
+#include <utility>
 
 #include "exact_math.h"
 #include "philox.h"
@@ -61,6 +62,13 @@ using VecBits = typename VecOf<T>::bits;
 template <class T>
 constexpr int kCount = kVectorBytes / static_cast<int>(sizeof(T));
 
+// f<0>() ... f<n - 1>(): unrolled before gcc decides what stays in registers, which a loop is not.
+template <int n, class F>
+GF_INLINE void unroll(F f) {
+  [&]<int... i>(std::integer_sequence<int, i...>)
+      __attribute__((always_inline)) { (f.template operator()<i>(), ...); }(std::make_integer_sequence<int, n>{});
+}
+
 template <class V>
 GF_INLINE V load_raw(const void* p) {
   V v;
@@ -82,15 +90,35 @@ GF_INLINE VDouble splat(double c) {
 
 // ---- conversions: the vector twins of exact_math.h ----------------------------------------------------------------------
 
+// gcc 12 makes several instructions of __builtin_convertvector where the wide ISAs have one.
+GF_INLINE VUInt widen_halves(VHalves v) {
+#if defined(__AVX512F__)
+  return (VUInt)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+  return (VUInt)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, VUInt);
+#endif
+}
+GF_INLINE VHalves narrow_words(VUInt v) {  // each below 2^16
+#if defined(__AVX512F__)
+  return (VHalves)_mm512_cvtepi32_epi16((__m512i)v);
+#elif defined(__AVX2__)
+  return (VHalves)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+#else
+  return __builtin_convertvector(v, VHalves);
+#endif
+}
+
 GF_INLINE VFloat widen_bf16(VHalves v) {
-  return (VFloat)(__builtin_convertvector(v, VUInt) << 16);
+  return (VFloat)(widen_halves(v) << 16);
 }
 
 GF_INLINE VHalves narrow_bf16(VFloat v) {
   const VUInt u = (VUInt)v;
   const VUInt rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const VUInt nan = (u >> 16) | 0x40u;
-  return __builtin_convertvector((v != v) ? nan : rounded, VHalves);
+  return narrow_words((v != v) ? nan : rounded);
 }
 
 #if defined(__AVX512F__)

@@ -60,24 +60,24 @@ struct Prediction {
 
   template <class S, class M>
   GF_INLINE Denoised<T> at(const Sources<S, M>& from, int64_t i) const {
-    Denoised<T> r{};
-    if (needs_x) r.x = load<T>(from.x + i);
+    Vec<T> x{}, m{}, d{};
+    if (needs_x) x = load<T>(from.x + i);
     if (needs_m) {
-      r.m = load<T>(from.cond + i);
+      m = load<T>(from.cond + i);
       if (from.uncond) {
         const Vec<T> u = load<T>(from.uncond + i);
-        r.m = u + guidance * (r.m - u);
+        m = u + guidance * (m - u);
       }
-      if (with_factor) r.m = r.m * factor;
+      if (with_factor) m = m * factor;
     }
     if (needs_d) {
-      r.d = splat(start);
-      if (with_ax) r.d = r.d + ax * r.x;
-      if (with_am) r.d = r.d + am * r.m;
-      if (with_clip) r.d = clamp_lanes(r.d, splat(-clip), splat(clip));
-      if (with_threshold) r.d = clamp_lanes(r.d, splat(-threshold), splat(threshold)) / threshold;
+      d = splat(start);
+      if (with_ax) d = d + ax * x;
+      if (with_am) d = d + am * m;
+      if (with_clip) d = clamp_lanes(d, splat(-clip), splat(clip));
+      if (with_threshold) d = clamp_lanes(d, splat(-threshold), splat(threshold)) / threshold;
     }
-    return r;
+    return {x, m, d};
   }
 };
 
@@ -112,36 +112,37 @@ struct Sums {
 template <class T, class S, class M, int kOutputs, bool kNoise>
 GF_INLINE void tile(const Prediction<T>& prediction, const Sources<S, M>& from, const Sums<T, S, kOutputs>& sums, int64_t i,
                     const Vec<T>* z) {
+  constexpr int kWidth = kCount<T>;
   Vec<T> acc[kOutputs][kTileVectors];
-  for (int v = 0; v < kTileVectors; ++v) {
-    const Denoised<T> in = prediction.at(from, i + v * kCount<T>);
-    for (int k = 0; k < kOutputs; ++k) {
-      acc[k][v] = splat(sums.start[k]);
-      if (sums.x[k] != 0) acc[k][v] = acc[k][v] + sums.x[k] * in.x;
-      if (sums.d[k] != 0) acc[k][v] = acc[k][v] + sums.d[k] * in.d;
-      if (sums.m[k] != 0) acc[k][v] = acc[k][v] + sums.m[k] * in.m;
-    }
-  }
+  unroll<kTileVectors>([&]<int v>() __attribute__((always_inline)) {
+    const Denoised<T> in = prediction.at(from, i + v * kWidth);
+    unroll<kOutputs>([&]<int k>() __attribute__((always_inline)) {
+      Vec<T> sum = splat(sums.start[k]);
+      if (sums.x[k] != 0) sum = sum + sums.x[k] * in.x;
+      if (sums.d[k] != 0) sum = sum + sums.d[k] * in.d;
+      if (sums.m[k] != 0) sum = sum + sums.m[k] * in.m;
+      acc[k][v] = sum;
+    });
+  });
   for (int j = 0; j < sums.terms; ++j) {
     Vec<T> h[kTileVectors];
-    for (int v = 0; v < kTileVectors; ++v) h[v] = load<T>(sums.from[j] + i + v * kCount<T>);
-    for (int k = 0; k < kOutputs; ++k) {
-      if (sums.history[j][k] == 0) continue;
-      for (int v = 0; v < kTileVectors; ++v) acc[k][v] = acc[k][v] + sums.history[j][k] * h[v];
-    }
+    unroll<kTileVectors>([&]<int v>() __attribute__((always_inline)) { h[v] = load<T>(sums.from[j] + i + v * kWidth); });
+    unroll<kOutputs>([&]<int k>() __attribute__((always_inline)) {
+      if (sums.history[j][k] != 0)
+        unroll<kTileVectors>([&]<int v>() __attribute__((always_inline)) { acc[k][v] = acc[k][v] + sums.history[j][k] * h[v]; });
+    });
   }
   if constexpr (kNoise) {
-    for (int k = 0; k < kOutputs; ++k) {
-      if (sums.noise[k] == 0) continue;
-      for (int v = 0; v < kTileVectors; ++v) acc[k][v] = acc[k][v] + sums.noise[k] * z[v];
-    }
+    unroll<kOutputs>([&]<int k>() __attribute__((always_inline)) {
+      if (sums.noise[k] != 0)
+        unroll<kTileVectors>([&]<int v>() __attribute__((always_inline)) { acc[k][v] = acc[k][v] + sums.noise[k] * z[v]; });
+    });
   }
-  for (int k = 0; k < kOutputs; ++k) {
-    for (int v = 0; v < kTileVectors; ++v) {
-      S* to = sums.to[k] + i + v * kCount<T>;
-      sums.stream[k] ? store_stream(to, acc[k][v]) : store(to, acc[k][v]);
-    }
-  }
+  unroll<kOutputs * kTileVectors>([&]<int n>() __attribute__((always_inline)) {
+    constexpr int k = n / kTileVectors, v = n % kTileVectors;
+    S* to = sums.to[k] + i + v * kWidth;
+    sums.stream[k] ? store_stream(to, acc[k][v]) : store(to, acc[k][v]);
+  });
 }
 
 // The last n < kTile elements: copied to where a whole tile may be read and written.
