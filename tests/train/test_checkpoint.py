@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from genfast.train import checkpoint
-from genfast.train.checkpoint import read_checkpoint, write_checkpoint
+from genfast.train.checkpoint import read_checkpoint, write_atomically, write_checkpoint
 
 
 class Killed(BaseException):
@@ -57,6 +57,22 @@ def test_a_kill_around_any_system_call_leaves_a_whole_checkpoint(tmp_path: Path,
     assert state["step"] in (2, 3) and found["x"].item() == state["step"]
     write_checkpoint(path, {"x": torch.tensor([4.0])}, {"step": 4})  # what was left behind is not in the way
     assert (read_checkpoint(path) or ({}, {}))[1] == {"step": 4}
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_file_is_not_seen_before_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def dies(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, call, dies)
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
