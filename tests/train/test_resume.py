@@ -16,40 +16,51 @@ from safetensors.torch import load_file
 from genfast import models
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that was not stopped."""
+    out = tmp_path_factory.mktemp("straight")
+    tiny_run.run(out)
+    return out
+
+
+def assert_same_bits(straight: Path, other: Path) -> None:
+    for name in ("checkpoint.safetensors", "ema.safetensors"):
+        a, b = load_file(straight / name), load_file(other / name)
+        assert a.keys() == b.keys()
+        assert [key for key in a if not torch.equal(a[key], b[key])] == [], name
+
+
 @pytest.mark.slow
-def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path) -> None:
-    tiny_run.run(tmp_path / "straight")
+def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path, straight: Path) -> None:
     killed = tmp_path / "killed"
-    moments = random.Random(tmp_path.name)
+    log = killed / "log.jsonl"
+
+    def rows() -> int:
+        return log.read_text().count("\n") if log.exists() else 0
+
     kills = 0
-    while kills < 4:
+    for _ in range(4):
+        before = rows()
         process = subprocess.Popen([sys.executable, tiny_run.__file__, str(killed)], stderr=subprocess.PIPE)
-        log, rows = killed / "log.jsonl", moments.randrange(1, 4)
-        before = log.read_text().count("\n") if log.exists() else 0
-        # Wait until training has logged a few rows, then a random part of the time between two more, and kill.
-        while process.poll() is None and (not log.exists() or log.read_text().count("\n") < before // 2 + rows):
+        while process.poll() is None and rows() <= before:  # it has come further than the one before it
             time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.2))
+        time.sleep(random.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         _, errors = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), errors.decode()
-        kills += 1
-        if process.returncode == 0:
-            break
-    tiny_run.run(killed)
+        kills += process.returncode != 0
     assert kills >= 1
-    for name in ("checkpoint.safetensors", "ema.safetensors"):
-        straight, resumed = load_file(tmp_path / "straight" / name), load_file(killed / name)
-        assert straight.keys() == resumed.keys()
-        different = [key for key in straight if not torch.equal(straight[key], resumed[key])]
-        assert not different, f"{name} after {kills} kills: {different}"
+    tiny_run.run(killed)
+    assert_same_bits(straight, killed)
     steps = [json.loads(line)["step"] for line in (killed / "log.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and steps[-1] == tiny_run.STEPS
 
 
 @pytest.mark.parametrize("stop", [3, 4, 17, 59])
-def test_stopped_after_any_step_it_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
-    tiny_run.run(tmp_path / "straight")
+def test_stopped_after_any_step_it_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, straight: Path, stop: int
+) -> None:
     calls = 0
     with monkeypatch.context() as patch:
         from genfast.train import diffusion
@@ -68,10 +79,8 @@ def test_stopped_after_any_step_it_ends_with_the_same_bits(tmp_path: Path, monke
             tiny_run.run(tmp_path / "stopped")
     assert not (tmp_path / "stopped" / "ema.safetensors").exists()
     net, _ = tiny_run.run(tmp_path / "stopped")
-    for name in ("checkpoint.safetensors", "ema.safetensors"):
-        straight, resumed = load_file(tmp_path / "straight" / name), load_file(tmp_path / "stopped" / name)
-        assert [key for key in straight if not torch.equal(straight[key], resumed[key])] == []
-    averaged, _ = models.load(tmp_path / "straight" / "ema.safetensors")
+    assert_same_bits(straight, tmp_path / "stopped")
+    averaged, _ = models.load(straight / "ema.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(averaged.parameters(), net.parameters(), strict=True))
 
 
