@@ -54,6 +54,7 @@ def test_forward(spec: OpSpec, case: Case, dtype: torch.dtype, layout: str) -> N
             assert_accurate(case.name, got, plain, exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spec", "case"), [pytest.param(s, c, id=f"{s.name}-{c.name}") for s in SPECS.values() for c in s.benchmarks])
 def test_forward_of_what_is_timed(spec: OpSpec, case: Case) -> None:
     arguments = case.make(torch.float32)
@@ -183,7 +184,8 @@ def gradients(spec: OpSpec, namespace: Any, arguments: Arguments, weights: list[
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     results = function(*leaves)
     loss = sum((r * w.to(r.dtype)).sum() for r, w in zip(results, weights, strict=True))
-    return list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+    loss = loss + sum(0 * leaf.sum() for leaf in leaves)  # a row need not use them all
+    return list(torch.autograd.grad(loss, leaves))
 
 
 def cotangents(spec: OpSpec, arguments: Arguments) -> list[Tensor]:

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, has_proxy_slot
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from genfast import reference
 
@@ -50,6 +52,15 @@ def refuse_derivatives(op: str, tensors: Iterable[Tensor | None], instead: str) 
         raise refusal(op, _DERIVATIVE, f"none of these; call {instead}")
 
 
+def _clips(coef: Tensor) -> bool:
+    """Whether the row clips. Under a tracer (make_fx) only a constant may answer: the graph would be wrong for other rows."""
+    tracer = get_proxy_mode()
+    if tracer is not None and has_proxy_slot(coef, tracer.tracer):
+        raise refusal("coef", "a table that is an input of the traced function", "a constant, where derivatives are traced")
+    with _disable_current_modes():
+        return float(coef.flatten()[_CLIP]) != 0
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def solver_step(
     inputs: Sequence[Tensor],
@@ -62,14 +73,18 @@ def solver_step(
     rescale: bool,
     threshold: bool,
 ) -> list[Tensor]:
-    """The functional step with derivatives in ``inputs``, ``cond`` and ``uncond``. Reads one coefficient from the device."""
+    """The functional step with derivatives in ``inputs``, ``cond`` and ``uncond``. Reads one coefficient from the device.
+
+    ``coef`` (40,) or (1, 40), ``index`` (12,) or (1, 12); the rest is checked.
+    """
     if coef.requires_grad:
         raise refusal("coef", "requires_grad=True", "coefficients without gradient")
-    if rescale or threshold or float(coef[0, _CLIP]) != 0:
+    if rescale or threshold or _clips(coef):
         return reference.solver_step(
             inputs, cond, coef, index, uncond=uncond, seeds=seeds, outputs=outputs, rescale=rescale, threshold=threshold
         )
     x, *history = inputs
+    coef, index = coef.view(1, -1), index.view(1, -1)
     return list(_apply(_Step, coef, index, seeds, outputs, x, cond, uncond, *history))
 
 

@@ -34,8 +34,9 @@ def check_mutable(name: str, t: Tensor) -> None:
 
 
 def readable(t: Tensor) -> bool:
-    """Whether the values can be checked: in host memory (a device would have to be waited for) and not being traced."""
-    return t.is_cpu and not torch.compiler.is_compiling() and type(t) is Tensor and not torch._C._are_functorch_transforms_active()
+    """Whether the values can be looked at: in host memory (a device would have to be waited for), and not while something traces."""
+    tracing = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+    return t.is_cpu and not tracing
 
 
 def check_seeds(seeds: Tensor, batch: int, device: torch.device) -> None:

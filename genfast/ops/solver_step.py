@@ -179,10 +179,9 @@ def solver_step(
     cond, uncond = _model_output(x, cond, uncond)
     if coef.numel() != ROW_FLOATS or index.numel() != ROW_INTS:
         raise refusal("coef and index", f"shapes {tuple(coef.shape)} and {tuple(index.shape)}", "one row, (40,) and (12,)")
-    coef, index = coef.view(1, ROW_FLOATS), index.view(1, ROW_INTS)
-    _check_table(x, coef, index, seeds)
+    _check_table(x, coef.view(1, ROW_FLOATS), index.view(1, ROW_INTS), seeds)
     if readable(index):
-        n_history = int(index[0, NUM_HIST])
+        n_history = int(index.view(-1)[NUM_HIST])
         if n_history != len(history):
             raise refusal("inputs", f"{len(history)} history terms", f"{n_history}, as many as the row has")
     result: list[Tensor]
@@ -190,7 +189,8 @@ def solver_step(
         result = _autograd.solver_step(inputs, cond, uncond, coef, index, seeds, outputs, rescale, threshold)
     else:
         counter = torch.zeros(1, dtype=torch.int64, device=x.device)
-        result = torch.ops.genfast.solver_step(inputs, cond, uncond, coef, index, counter, seeds, outputs, rescale, threshold)
+        row = coef.view(1, ROW_FLOATS), index.view(1, ROW_INTS)
+        result = torch.ops.genfast.solver_step(inputs, cond, uncond, *row, counter, seeds, outputs, rescale, threshold)
     return result
 
 
@@ -207,9 +207,8 @@ def _model_output(x: Tensor, cond: Tensor, uncond: Tensor | None) -> tuple[Tenso
     if uncond is None and cond.shape != x.shape and batch and cond.shape == (2 * batch, *x.shape[1:]):
         uncond, cond = cond.chunk(2)
     elif cond.shape != x.shape:
-        raise refusal(
-            "cond", f"shape {tuple(cond.shape)}", f"{tuple(x.shape)}, or {(2 * batch, *x.shape[1:])} with both halves and no uncond"
-        )
+        both = (2 * batch, *x.shape[1:])
+        raise refusal("cond", f"shape {tuple(cond.shape)}", f"{tuple(x.shape)}; or {both}, both halves, without uncond")
     check_dtype("cond", cond.dtype)
     if cond.dtype == torch.float64 and x.dtype != torch.float64:
         raise refusal("cond", f"torch.float64 for a state of {x.dtype}", "float32, bfloat16 or float16 for that state")
