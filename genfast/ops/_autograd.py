@@ -7,7 +7,7 @@ derivatives, so they close under backward, forward and vmap to any order. The ot
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def _has_derivative(t: Tensor) -> bool:
 
 
 def wanted(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether a gradient, a tangent or a torch.func transform is about. While compiling, `_refuse` looks for the last two."""
+    """Whether a gradient, a tangent or a torch.func transform is about. While compiling, `_refusing` looks for the last two."""
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
@@ -88,15 +88,21 @@ def solver_step(
     return list(_apply(_Step, coef, index, seeds, outputs, x, cond, uncond, *history))
 
 
-def _refuse(inputs: list[Tensor], cond: Tensor, uncond: Tensor | None, *rest: Any) -> list[Tensor]:
-    """The operator below `genfast.ops.solver_step` called straight, or found by a tracer, where a derivative would be lost."""
-    if any(t is not None and _has_derivative(t) for t in (*inputs, cond, uncond)):
-        raise refusal("torch.ops.genfast.solver_step", _DERIVATIVE, "none of these; call genfast.ops.solver_step outside torch.compile")
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.genfast.solver_step.default(inputs, cond, uncond, *rest)  # type: ignore[no-any-return]
+def _refusing(name: str) -> Callable[..., Any]:
+    """The operator itself, called straight or found by a tracer, where a derivative would be lost without a word."""
+
+    def kernel(*arguments: Any) -> Any:
+        tensors = [t for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
+        if any(_has_derivative(t) for t in tensors):
+            raise refusal(f"torch.ops.genfast.{name}", _DERIVATIVE, "none of these; call genfast.ops.solver_step outside torch.compile")
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.genfast, name).default(*arguments)
+
+    return kernel
 
 
-implementations.impl("solver_step", _refuse, "Autograd")
+for _name in ("solver_step", "solver_step_", "solver_step_slots_"):
+    implementations.impl(_name, _refusing(_name), "Autograd")
 
 
 def _kernel(

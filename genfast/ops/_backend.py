@@ -8,12 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from genfast import _library, reference
 from genfast.reference.solver_step import layout_of
-
-from ._checks import refusal
 
 STEP_OPTIONS = (
     "Tensor cond, Tensor? uncond, Tensor coef, Tensor index, Tensor counter, Tensor? seeds, "
@@ -122,12 +119,6 @@ implementations.impl("solver_step_slots_", _solver_step_, "CompositeExplicitAuto
 implementations.impl("solver_step", _solver_step, "CompositeExplicitAutograd")
 
 
-def _fake_in_place(*_: object) -> None:
-    # Dynamo traces through torch.func.jvp with no requires_grad to see; the tangent would be lost in the compiled graph.
-    if forward_ad._current_level >= 0:
-        raise refusal("torch.compile", "an operator that writes into its arguments under forward-mode differentiation", "no tangents")
-
-
 def _fake_solver_step(inputs: list[Tensor], cond: Tensor, *options: object) -> list[Tensor]:
     outputs = options[5]
     assert isinstance(outputs, int)
@@ -135,5 +126,5 @@ def _fake_solver_step(inputs: list[Tensor], cond: Tensor, *options: object) -> l
 
 
 for _name in ("noise_", "solver_step_", "solver_step_slots_"):
-    torch.library.register_fake(f"genfast::{_name}", _fake_in_place, lib=implementations)
+    torch.library.register_fake(f"genfast::{_name}", lambda *_: None, lib=implementations)
 torch.library.register_fake("genfast::solver_step", _fake_solver_step, lib=implementations)

@@ -49,6 +49,6 @@ def check_seeds(seeds: Tensor, batch: int, device: torch.device) -> None:
 
 
 def bump_version(t: Tensor | None) -> None:
-    """Tell autograd that a kernel wrote ``t`` (a compiled graph and an inference tensor keep no such count)."""
-    if t is not None and not torch.compiler.is_compiling() and not t.is_inference():
+    """Tell autograd that a kernel wrote ``t`` (an inference tensor keeps no such count)."""
+    if t is not None and not t.is_inference():
         torch.autograd.graph.increment_version(t)

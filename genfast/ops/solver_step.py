@@ -115,7 +115,8 @@ def solver_step_(
     if not 1 <= len(ring) <= MAX_SLOTS:
         raise refusal("ring", f"{len(ring)} slots", f"1 to {MAX_SLOTS}")
     x = ring[0]
-    layout = _check_state("ring", x)
+    _check_state("ring", x)
+    layout = layout_of(x)
     if not x.is_contiguous(memory_format=layout):
         raise refusal("ring", f"slots with strides {x.stride()}", "contiguous, channels_last or channels_last_3d slots")
     if isinstance(ring, Tensor):
@@ -139,13 +140,16 @@ def solver_step_(
     if watch is not None:
         check_tensor("watch", watch, (len(x),), torch.int64, x.device)
     _autograd.refuse_derivatives("solver_step_", (x, cond, uncond, coef), "genfast.ops.solver_step")
-    if isinstance(ring, Tensor):
-        _backend.namespace.solver_step_(ring, cond, uncond, coef, index, counter, seeds, model_input, watch, rescale, threshold)
-        bump_version(ring)
-    else:
-        _backend.namespace.solver_step_slots_(ring, cond, uncond, coef, index, counter, seeds, model_input, watch, rescale, threshold)
-        for slot in ring:
-            bump_version(slot)
+    stacked = isinstance(ring, Tensor)
+    step = _backend.namespace.solver_step_ if stacked else _backend.namespace.solver_step_slots_
+    arguments = (ring, cond, uncond, coef, index, counter, seeds, model_input, watch, rescale, threshold)
+    if torch.compiler.is_compiling():
+        step(*arguments)
+        return
+    with torch._C._AutoDispatchBelowAutograd():  # what it would look for has been refused
+        step(*arguments)
+    for slot in [ring] if isinstance(ring, Tensor) else ring:
+        bump_version(slot)
     bump_version(model_input)
     bump_version(watch)
 
@@ -194,11 +198,10 @@ def solver_step(
     return result
 
 
-def _check_state(name: str, x: Tensor) -> torch.memory_format:
+def _check_state(name: str, x: Tensor) -> None:
     if x.ndim < 1:
         raise refusal(name, "a state without dimensions", "(B, *sample)")
     check_dtype(name, x.dtype)
-    return layout_of(x)
 
 
 def _model_output(x: Tensor, cond: Tensor, uncond: Tensor | None) -> tuple[Tensor, Tensor | None]:

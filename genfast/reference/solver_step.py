@@ -111,15 +111,19 @@ def solver_step(
             raise ValueError(f"seeds: got None, supported: ({len(x)},) int64, because the row draws noise")
         noise = normal(seeds, x.shape, draw=draw, dtype=wide, device=x.device)
     terms = [x, d, m, *history, *absent, noise]
-    return [_sum(list(zip(row, terms, strict=True)), x).to(dtype).contiguous(memory_format=layout) for row in rows]
+    return [_in_layout(_sum(list(zip(row, terms, strict=True)), x).to(dtype), layout) for row in rows]
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
     """The storage order of ``x``: C-order unless it is dense in channels_last order only."""
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
-    if layout is None or x.is_contiguous() or not x.is_contiguous(memory_format=layout):
+    if layout is None or x.is_contiguous() or not x.movedim(1, -1).is_contiguous():  # the form of the question that vmap answers
         return torch.contiguous_format
     return layout
+
+
+def _in_layout(x: Tensor, layout: torch.memory_format) -> Tensor:
+    return x.contiguous() if layout == torch.contiguous_format else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _sum(weighted: Sequence[tuple[float, Tensor]], like: Tensor) -> Tensor:

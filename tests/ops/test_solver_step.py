@@ -275,8 +275,25 @@ def test_the_operators_refuse_what_they_would_lose(inputs: list[Tensor]) -> None
     x, cond, uncond, history = inputs
     leaf = cond.clone().requires_grad_()
     tables_ = (COEF[None], INDEX[None], torch.tensor([0]), torch.arange(2))
-    with pytest.raises(ValueError, match=r"call genfast.ops.solver_step outside torch.compile"):
-        torch.ops.genfast.solver_step([x, history], leaf, uncond, *tables_, 1, False, False)
+
+    def functional(c: Tensor) -> Tensor:
+        return torch.ops.genfast.solver_step([x, history], c, uncond, *tables_, 1, False, False)[0]
+
+    def writing(c: Tensor) -> Tensor:
+        ring = torch.stack([x, history, history, history])
+        torch.ops.genfast.solver_step_(ring, c, uncond, *tables_, None, None, False, False)
+        return ring[0]
+
+    for raw in (functional, writing):
+        for lost in (
+            lambda: raw(leaf),  # noqa: B023
+            lambda: torch.func.jvp(raw, (cond,), (cond,)),  # noqa: B023
+            lambda: torch.func.grad(lambda c: raw(c).sum())(cond),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match=r"call genfast.ops.solver_step outside torch.compile"):
+                lost()
+        with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+            torch.vmap(raw)(torch.stack([cond, cond]))
     for transform in (
         lambda: torch.func.jvp(lambda c: in_place(x, c, uncond, history), (cond,), (cond,)),
         lambda: torch.func.grad(lambda c: in_place(x, c, uncond, history).sum())(cond),
@@ -304,3 +321,35 @@ def test_autocast_changes_nothing(inputs: list[Tensor]) -> None:
         inside = torch.autograd.grad(out.sum(), leaves)
     assert same_bits(out, guided(*leaves))
     assert all(same_bits(a, b) for a, b in zip(plain, inside, strict=True))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("row", [{}, {"clip": 0.5}, {"quantile": 0.9, "max_threshold": 2.0}, {"rescale": 0.7}])
+def test_vmap_of_any_row(row: dict[str, float], channels_last: bool, inputs: list[Tensor]) -> None:
+    coef, index = tables(convert=(0.5, 0.8), outputs={0: {"x": 0.9, "d": 0.2}}, guidance=3.0, **row)
+    flags = {"rescale": "rescale" in row, "threshold": "quantile" in row}
+
+    def step(x: Tensor) -> Tensor:
+        return ops.solver_step([x], inputs[1], coef, index, uncond=inputs[2], **flags)[0]
+
+    many = torch.cat(inputs).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    many = many.view(4, 2, 3, 4, 4)
+    assert same_bits(torch.vmap(step)(many), torch.stack([step(x) for x in many]))
+    assert same_bits(torch.vmap(step, in_dims=2)(many.movedim(0, 2)), torch.stack([step(x) for x in many]))
+
+
+def test_traced_tables_are_refused(inputs: list[Tensor]) -> None:
+    leaf = inputs[0].clone().requires_grad_()
+    with pytest.raises(ValueError, match="coef: got a table that is an input of the traced function"):
+        make_fx(
+            lambda coef: ops.solver_step([leaf], inputs[1], coef, INDEX.clone().index_fill(0, torch.tensor([2]), 0), seeds=torch.arange(2))[
+                0
+            ]
+        )(COEF)
+
+
+def test_batched_cotangents_are_refused(inputs: list[Tensor]) -> None:
+    leaf = inputs[0].clone().requires_grad_()
+    out = guided(leaf, *inputs[1:])
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        torch.autograd.grad(out, leaf, torch.stack([out, out]), is_grads_batched=True)
