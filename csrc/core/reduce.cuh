@@ -1,5 +1,6 @@
 // Reductions over a block of 256 threads, in a fixed order.
 #pragma once
+#include "exact_math.h"
 #include "launch.h"
 
 namespace genfast {
@@ -8,29 +9,23 @@ constexpr int kFoldLanes = 256;
 
 template <int N>
 struct Lanes {
-  double v[N][kFoldLanes / 2];
+  double v[N][kFoldLanes];
 };
 
 // Folds lane[l] += lane[l + s] for s = 128, 64, ..., 1, for N sums at once; thread 0 ends with the totals. Called by all threads.
+// Through shared memory to the last step: each step reads lanes that no later step writes, so one barrier a step is enough.
 template <int N>
 __device__ __forceinline__ void fold(double (&sum)[N], Lanes<N>& shared) {
   const int lane = static_cast<int>(threadIdx.x);
-  for (int s = kFoldLanes / 2; s >= 32; s /= 2) {
+  for (int s = kFoldLanes / 2; s >= 1; s /= 2) {
     if (lane >= s && lane < 2 * s) {
 #pragma unroll
-      for (int k = 0; k < N; ++k) shared.v[k][lane - s] = sum[k];
+      for (int k = 0; k < N; ++k) shared.v[k][lane] = sum[k];
     }
     __syncthreads();
     if (lane < s) {
 #pragma unroll
-      for (int k = 0; k < N; ++k) sum[k] = add(sum[k], shared.v[k][lane]);
-    }
-    __syncthreads();
-  }
-  if (lane < 32) {
-    for (int s = 16; s >= 1; s /= 2) {
-#pragma unroll
-      for (int k = 0; k < N; ++k) sum[k] = add(sum[k], __shfl_down_sync(~0u, sum[k], s));
+      for (int k = 0; k < N; ++k) sum[k] = add(sum[k], shared.v[k][lane + s]);
     }
   }
 }

@@ -147,6 +147,27 @@ __host__ __device__ __forceinline__ decltype(auto) visit_dtype(DType dtype, F&& 
   }
 }
 
+// A launch over (batch, groups of one sample): a block covers groups along x and, where a sample has few, several samples along y.
+// Blocks have between 129 and 256 threads. Samples beyond the grid are met by striding, next_sample(b).
+struct Tiling {
+  dim3 grid, block;
+};
+constexpr int kTileThreads = 256;
+constexpr int64_t kMaxGridY = 1024;
+
+inline Tiling tile(int64_t batch, int64_t groups) {
+  const int64_t x = groups < kTileThreads ? groups : kTileThreads, y = kTileThreads / x;
+  const int64_t grid_y = (batch + y - 1) / y;
+  return {dim3(static_cast<unsigned>((groups + x - 1) / x), static_cast<unsigned>(grid_y < kMaxGridY ? grid_y : kMaxGridY)),
+          dim3(static_cast<unsigned>(x), static_cast<unsigned>(y))};
+}
+__device__ __forceinline__ int64_t first_sample() {
+  return static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y;
+}
+__device__ __forceinline__ int64_t next_sample(int64_t b) {
+  return b + static_cast<int64_t>(gridDim.y) * blockDim.y;
+}
+
 inline int64_t size_of(DType dtype) {
   return dtype == DType::F64 ? 8 : dtype == DType::F32 ? 4 : 2;
 }

@@ -49,9 +49,6 @@ struct dim3 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
 
 namespace gf_emulator {
 
@@ -198,7 +195,7 @@ inline void run_thread(Thread& thread) {
   }
   m.current = &thread;
   to_fiber(*thread.fiber);
-  if (!m.error.empty()) fail(m.error);
+  if (!m.error.empty()) throw std::runtime_error(m.error);
   Thread& last = *m.current;  // a later thread than `thread` where one fiber ran several
   if (last.wait == Wait::kDone) m.idle.push_back(std::exchange(last.fiber, nullptr));
 }
@@ -404,13 +401,6 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, GfPlace where = GfPl
     return bits;
   });
 }
-inline int __any_sync(unsigned mask, int predicate, GfPlace where = GfPlace::current()) {
-  return __ballot_sync(mask, predicate, where) != 0;
-}
-inline int __all_sync(unsigned mask, int predicate, GfPlace where = GfPlace::current()) {
-  return __ballot_sync(mask, predicate, where) == mask;
-}
-
 template <class T>
 T atomicAdd(T* address, std::type_identity_t<T> value) {
   return std::exchange(*address, T(*address + value));
@@ -418,22 +408,6 @@ T atomicAdd(T* address, std::type_identity_t<T> value) {
 template <class T>
 T atomicMin(T* address, std::type_identity_t<T> value) {
   return std::exchange(*address, std::min(*address, value));
-}
-template <class T>
-T atomicMax(T* address, std::type_identity_t<T> value) {
-  return std::exchange(*address, std::max(*address, value));
-}
-template <class T>
-T atomicOr(T* address, std::type_identity_t<T> value) {
-  return std::exchange(*address, T(*address | value));
-}
-template <class T>
-T atomicCAS(T* address, std::type_identity_t<T> compare, std::type_identity_t<T> value) {
-  return std::exchange(*address, *address == compare ? value : *address);
-}
-template <class T>
-T __ldg(const T* address) {
-  return *address;
 }
 inline float rsqrtf(float a) {
   return 1.0f / std::sqrt(a);

@@ -66,8 +66,11 @@ def _build(name: str, units: list[tuple[Path, list[str]]], link: list[str], flag
     return target
 
 
-def library(*, sanitize: bool = False, define: str = "") -> Path:
-    """The operators as a torch library, in namespace genfast_emulator. ``define`` plants a bug, for the tests of the tests."""
+def library(*, sanitize: bool = False, mutation: tuple[str, str, str] | None = None) -> Path:
+    """The operators as a torch library, in namespace genfast_emulator.
+
+    ``mutation`` (file under csrc, text, replacement) plants a bug in the kernels, for the tests of the tests.
+    """
     spec = importlib.util.find_spec("torch")
     assert spec and spec.submodule_search_locations
     torch = Path(spec.submodule_search_locations[0])
@@ -75,18 +78,28 @@ def library(*, sanitize: bool = False, define: str = "") -> Path:
     target = cmake.split('set(GENFAST_TORCH_TARGET "')[1].split('"')[0]
     registration = ["-DGENFAST_BACKEND_EMULATOR", f"-DTORCH_TARGET_VERSION={target}", "-isystem", str(torch / "include")]
     units: list[tuple[Path, list[str]]] = []
+    kernels = _mutated(*mutation) if mutation else ROOT / "csrc"
     for op in OPS:
         units.append((ROOT / f"csrc/ops/{op}/{op}.cpp", registration))
-        units.append((ROOT / f"csrc/ops/{op}/{op}.cu", [f"-D{define}"] if define else []))
+        units.append((kernels / f"ops/{op}/{op}.cu", []))
     flags = [*FLAGS, *(SANITIZE if sanitize else [])]
-    name = "-".join(filter(None, ["libgenfast_emulator", "asan" * sanitize, define.lower()])) + ".so"
+    name = "-".join(filter(None, ["libgenfast_emulator", "asan" * sanitize, kernels.name.removeprefix("csrc")])) + ".so"
     return _build(name, units, ["-shared", str(torch / "lib/libtorch_cpu.so")], flags)
 
 
-def self_test(*, sanitize: bool = False, define: str = "") -> Path:
-    """The program of self_test.cu, optionally with one planted bug."""
-    flags = [*FLAGS, *(SANITIZE if sanitize else []), *([f"-D{define}"] if define else [])]
-    name = "-".join(filter(None, ["self_test", "asan" * sanitize, define.lower()]))
+def _mutated(file: str, text: str, replacement: str) -> Path:
+    source = (ROOT / "csrc" / file).read_text()
+    assert text in source, f"{file} no longer contains {text!r}"
+    folder = CACHE / f"mutant{hashlib.sha256(repr((file, text, replacement)).encode()).hexdigest()[:8]}"
+    shutil.copytree(ROOT / "csrc", folder, dirs_exist_ok=True)
+    (folder / file).write_text(source.replace(text, replacement))
+    return folder
+
+
+def self_test(*, sanitize: bool = False) -> Path:
+    """The program of self_test.cu."""
+    flags = [*FLAGS, *(SANITIZE if sanitize else [])]
+    name = "-".join(filter(None, ["self_test", "asan" * sanitize]))
     return _build(name, [(ROOT / "tests/emulator/self_test.cu", [])], [], flags)
 
 

@@ -6,16 +6,13 @@
 namespace genfast {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int64_t kMaxGridY = 65535;
-
 template <class S, bool kVector>
-__global__ void __launch_bounds__(kThreads) noise_kernel(const __grid_constant__ NoiseParams p) {
+__global__ void __launch_bounds__(kTileThreads) noise_kernel(const __grid_constant__ NoiseParams p) {
   constexpr int N = sizeof(S) == 2 ? 8 : 4;
   const int64_t group = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (group * N >= p.per_sample) return;
   const auto span = span_of<N, kVector>(group, p.per_sample, p.channels);
-  for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
+  for (int64_t b = first_sample(); b < p.batch; b = next_sample(b)) {
     Wide<S> values[N];
 #pragma unroll
     for (int quad = 0; quad < N / 4; ++quad) {
@@ -40,14 +37,12 @@ __global__ void __launch_bounds__(kThreads) noise_kernel(const __grid_constant__
 void launch_noise_cuda(const NoiseParams& p, void* stream) {
   visit_dtype(p.dtype, [&]<class S>(S) {
     constexpr int N = sizeof(S) == 2 ? 8 : 4;
-    const int64_t groups = (p.per_sample + N - 1) / N;
-    const dim3 grid(static_cast<unsigned>((groups + kThreads - 1) / kThreads),
-                    static_cast<unsigned>(p.batch < kMaxGridY ? p.batch : kMaxGridY));
+    const auto [grid, block] = tile(p.batch, (p.per_sample + N - 1) / N);
     const bool vector = p.channels == 1 && p.per_sample % N == 0 && vector_aligned(p.out, p.dtype, N);
     if (vector) {
-      GF_LAUNCH((noise_kernel<S, true>), grid, kThreads, 0, stream, p);
+      GF_LAUNCH((noise_kernel<S, true>), grid, block, 0, stream, p);
     } else {
-      GF_LAUNCH((noise_kernel<S, false>), grid, kThreads, 0, stream, p);
+      GF_LAUNCH((noise_kernel<S, false>), grid, block, 0, stream, p);
     }
   });
 }

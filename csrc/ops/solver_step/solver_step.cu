@@ -11,10 +11,8 @@
 namespace genfast {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kSelectThreads = 1024;
 constexpr int kDigitBits = 11;
-constexpr int64_t kMaxGridY = 65535;
 
 // A row as the kernels read it. Which terms are present lies in one word, so that a thread asks without holding coefficients in registers.
 template <class T>
@@ -32,8 +30,9 @@ struct Row {
 template <class T>
 __device__ __forceinline__ void read_row(const SolverStepParams& p, Row<T>& row) {
   static_assert(kTerms * kMaxOutputs <= 32);
-  if (threadIdx.x < 32) {
-    const int lane = static_cast<int>(threadIdx.x), term = lane / kMaxOutputs, output = lane % kMaxOutputs;
+  const int lane = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
+  if (lane < 32) {
+    const int term = lane / kMaxOutputs, output = lane % kMaxOutputs;
     const int64_t number = *p.counter;
     const T* coef = static_cast<const T*>(p.coef) + number * kRowFloats;
     const int64_t* index = p.index + number * kRowInts;
@@ -136,6 +135,7 @@ __device__ __forceinline__ void store_model_input(const SolverStepParams& p, T c
   for (int i = 0; i < N; ++i) scaled[i] = mul(c_in, state[i]);
   visit_dtype(p.input, [&]<class S>(S) {
     const auto raw = narrow<S>(scaled);
+#pragma unroll 1
     for (int copy = 0; copy < p.copies; ++copy) {
       store(static_cast<S*>(p.model_input) + (copy * p.batch + b) * p.per_sample, span, raw);
     }
@@ -152,7 +152,7 @@ constexpr int kBlocksPerSM = sizeof(S) == 8   ? 1
                                               : 2;
 
 template <class S, bool kVector>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSM<S>) apply_kernel(const __grid_constant__ SolverStepParams p) {
+__global__ void __launch_bounds__(kTileThreads, kBlocksPerSM<S>) apply_kernel(const __grid_constant__ SolverStepParams p) {
   using T = Wide<S>;
   constexpr int N = kElements<S, kVector>;
   GF_SHARED(Row<T>, row);
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<S>) apply_kernel(const 
   const bool use_m = row.uses(kTermM) || (use_d && row.scalar[kAm] != 0);
   const bool use_x = row.uses(kTermX) || (use_d && row.scalar[kAx] != 0);
 
-  for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
+  for (int64_t b = first_sample(); b < p.batch; b = next_sample(b)) {
     const int64_t offset = b * p.per_sample;
     const auto load_history = [&](int j) { return load(static_cast<const S*>(p.slot[row.index[kHistSlot + j]]) + offset, span); };
     Vec<S, N> raw_x{}, raw_h[kMaxHistory]{};
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<S>) apply_kernel(const 
 
 // Sums of one chunk: cond, cond^2, guided, guided^2.
 template <class T>
-__global__ void __launch_bounds__(kFoldLanes) rescale_sums_kernel(const __grid_constant__ SolverStepParams p) {
+__global__ void __launch_bounds__(kFoldLanes, 4) rescale_sums_kernel(const __grid_constant__ SolverStepParams p) {
   GF_SHARED(Row<T>, row);
   GF_SHARED(Lanes<4>, lanes);
   read_row(p, row);
@@ -305,33 +305,38 @@ __device__ __forceinline__ double from_bits(uint64_t bits) {
   return a;
 }
 
+constexpr int kDigits = 1 << kDigitBits;
+constexpr int kDigitsPerLane = kDigits / 32;
+
 struct Selection {
-  unsigned count[1 << kDigitBits];
+  unsigned count[kDigits + 32];  // one spare element after each lane's digits, so that the lanes of find_digit read from different banks
+  unsigned lane_count[32];
   unsigned digit;  // found in this pass
   unsigned below;  // elements with the same higher digits and a smaller digit
   unsigned equal;  // elements with this digit
   bool has_nan;
   unsigned long long above;  // smallest bits above the selected element's
+
+  __device__ __forceinline__ unsigned& count_of(unsigned d) { return count[d + d / kDigitsPerLane]; }
 };
 
 // Which digit holds the element of the given rank. Called by all threads; the first warp works.
 __device__ __forceinline__ void find_digit(Selection& s, unsigned rank) {
-  constexpr int kPerLane = (1 << kDigitBits) / 32;
   if (threadIdx.x < 32) {
-    const unsigned lane = threadIdx.x;
+    const unsigned lane = threadIdx.x, first = lane * kDigitsPerLane;
     unsigned own = 0;
-    for (int i = 0; i < kPerLane; ++i) own += s.count[lane * kPerLane + i];
-    unsigned through = own;  // elements in this lane's digits and all before
-    for (unsigned delta = 1; delta < 32; delta *= 2) {
-      const unsigned other = __shfl_up_sync(~0u, through, delta);
-      if (lane >= delta) through += other;
-    }
-    if (rank < through && rank >= through - own) {
-      unsigned below = through - own, digit = lane * kPerLane;
-      while (rank - below >= s.count[digit]) below += s.count[digit++];
+#pragma unroll 8
+    for (unsigned i = 0; i < kDigitsPerLane; ++i) own += s.count_of(first + i);
+    s.lane_count[lane] = own;
+    __syncwarp();
+    unsigned below = 0;
+    for (unsigned l = 0; l < lane; ++l) below += s.lane_count[l];
+    if (rank >= below && rank - below < own) {
+      unsigned digit = first;
+      while (rank - below >= s.count_of(digit)) below += s.count_of(digit++);
       s.digit = digit;
       s.below = below;
-      s.equal = s.count[digit];
+      s.equal = s.count_of(digit);
     }
   }
   __syncthreads();
@@ -355,12 +360,12 @@ __device__ __forceinline__ T select_quantile(Selection& s, T q, int64_t n, Each 
   Bits found = 0;
   for (int high = sizeof(T) * 8 - 1; high > 0;) {
     const int width = high < kDigitBits ? high : kDigitBits, shift = high - width;
-    for (int i = static_cast<int>(threadIdx.x); i < 1 << kDigitBits; i += static_cast<int>(blockDim.x)) s.count[i] = 0;
+    for (int i = static_cast<int>(threadIdx.x); i < kDigits; i += static_cast<int>(blockDim.x)) s.count_of(i) = 0;
     __syncthreads();
     each([&](T d) {
       const Bits bits = magnitude_bits(d);
       if (bits > infinity) s.has_nan = true;
-      if (bits >> high == found >> high) atomicAdd(&s.count[bits >> shift & ((1u << width) - 1)], 1u);
+      if (bits >> high == found >> high) atomicAdd(&s.count_of(static_cast<unsigned>(bits >> shift) & ((1u << width) - 1)), 1u);
     });
     __syncthreads();
     find_digit(s, left);
@@ -383,7 +388,7 @@ __device__ __forceinline__ T select_quantile(Selection& s, T q, int64_t n, Each 
 }
 
 template <class S>
-__global__ void __launch_bounds__(kSelectThreads) sample_scalars_kernel(const __grid_constant__ SolverStepParams p) {
+__global__ void __launch_bounds__(kSelectThreads, 1) sample_scalars_kernel(const __grid_constant__ SolverStepParams p) {
   using T = Wide<S>;
   GF_SHARED(Row<T>, row);
   GF_SHARED(double[4], total);
@@ -447,10 +452,8 @@ void launch_solver_step_cuda(const SolverStepParams& p, void* stream) {
     if ((p.rescale && p.uncond) || p.threshold) GF_LAUNCH((sample_scalars_kernel<S>), samples, kSelectThreads, 0, stream, p);
 
     const auto apply = [&](auto kernel, int elements) {
-      const int64_t groups = (p.per_sample + elements - 1) / elements;
-      const int64_t threads = groups < kThreads ? (groups + 31) / 32 * 32 : kThreads;
-      const dim3 grid(static_cast<unsigned>((groups + threads - 1) / threads), samples);
-      GF_LAUNCH(kernel, grid, static_cast<unsigned>(threads), 0, stream, p);
+      const auto [grid, block] = tile(p.batch, (p.per_sample + elements - 1) / elements);
+      GF_LAUNCH(kernel, grid, block, 0, stream, p);
     };
     if (moves_as_vectors<S>(p)) {
       apply(apply_kernel<S, true>, kElements<S, true>);

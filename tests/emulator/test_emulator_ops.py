@@ -1,0 +1,162 @@
+"""The CUDA kernels under the block emulator, bit for bit against the references. docs/emulator.md says what that shows.
+
+GENFAST_EMULATOR_SANITIZE=1 loads the library built with AddressSanitizer, GENFAST_EMULATOR_LIBRARY=path another one; the last tests
+of this file run the others in such a process.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from emulator import emulator_build
+from emulator.step_cases import Case, cases, differing, run_operator, same_bits, tensors_of
+
+from genfast import reference
+from genfast.ops import _backend
+
+_schemas = torch.library.Library("genfast_emulator", "DEF")
+SANITIZED = os.environ.get("GENFAST_EMULATOR_SANITIZE") == "1"
+
+
+@pytest.fixture(scope="session")
+def emulated() -> Any:
+    """torch.ops.genfast_emulator: the CUDA kernels on CPU tensors."""
+    path = os.environ.get("GENFAST_EMULATOR_LIBRARY") or str(emulator_build.library(sanitize=SANITIZED))
+    for name in ("noise_", "solver_step_", "solver_step_slots_"):
+        _schemas.define(name + _backend.SCHEMAS[name])
+    torch.ops.load_library(path)
+    return torch.ops.genfast_emulator
+
+
+@pytest.fixture
+def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("GENFAST_EMULATOR_SEED", str(getattr(request, "param", 1)))
+    yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("uniform", [False, True], ids=["normal", "uniform"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (2, 3, 5, 7), (2, 4, 6, 6), (2, 3, 40, 40), (1, 2, 3, 4, 5), (300, 8)], ids=str)
+def test_noise(emulated: Any, schedule: None, shape: tuple[int, ...], uniform: bool, dtype: torch.dtype) -> None:
+    seeds = torch.arange(shape[0]) * (2**62 // shape[0]) + 11
+    fill = reference.uniform if uniform else reference.normal
+    layouts = [torch.contiguous_format, *{4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(len(shape), [])]
+    for layout in layouts:
+        out = torch.full(shape, float("nan"), dtype=dtype).contiguous(memory_format=layout)
+        emulated.noise_(out, seeds, 2**32 - 1, 3, uniform)
+        want = fill(seeds, shape, draw=2**32 - 1, stream=3, dtype=dtype)
+        assert same_bits(out, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_noise_into_an_unaligned_view(emulated: Any, dtype: torch.dtype) -> None:
+    storage = torch.full((2 * 64 + 3,), -7.0, dtype=dtype)
+    emulated.noise_(storage[1:129].view(2, 64), torch.tensor([1, 2]), 0, 0, False)
+    assert same_bits(storage[1:129].view(2, 64), reference.normal(torch.tensor([1, 2]), (2, 64), dtype=dtype))
+    assert storage[[0, 129, 130]].tolist() == [-7.0] * 3
+
+
+@pytest.mark.parametrize("schedule", [0, 5], indirect=True)
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_solver_step(emulated: Any, schedule: None, case: Case) -> None:
+    given = tensors_of(case)
+    want, got = given.clone(), given.clone()
+    reference.solver_step_(
+        want.ring,
+        want.cond,
+        want.coef,
+        want.index,
+        want.counter,
+        uncond=want.uncond,
+        seeds=want.seeds,
+        model_input=want.model_input,
+        watch=want.watch,
+        rescale=case.rescale != 0,
+        threshold=case.quantile != 0,
+    )
+    run_operator(emulated.solver_step_, case, got)
+    assert differing(got, want) == []
+    assert differing(got, given) != []  # the step did something
+
+
+def test_solver_step_on_separate_slots(emulated: Any) -> None:
+    case = Case(slots=4, history=(3,), written=(1, 0), terms=(((0, 0.5), (3, 2.0)), ((1, 1.0),)))
+    ring, separate = tensors_of(case), tensors_of(case)
+    slots = [slot.clone() for slot in separate.ring]
+    run_operator(emulated.solver_step_, case, ring)
+    t = separate
+    emulated.solver_step_slots_(slots, t.cond, t.uncond, t.coef, t.index, t.counter, None, None, None, False, False)
+    assert same_bits(torch.stack(slots), ring.ring)
+
+
+def test_rows_that_do_not_ask_for_rescale_or_threshold(emulated: Any) -> None:
+    """A plan may use them in other rows: the launches are there, this row passes through."""
+    case = Case(shape=(2, 3, 12, 12), guidance=3.0)
+    alone, among = tensors_of(case), tensors_of(case)
+    run_operator(emulated.solver_step_, case, alone)
+    t = among
+    emulated.solver_step_(t.ring, t.cond, t.uncond, t.coef, t.index, t.counter, None, None, None, True, True)
+    assert same_bits(among.ring, alone.ring)
+
+
+def test_a_sample_alone_equals_the_sample_in_a_batch(emulated: Any) -> None:
+    case = Case(shape=(5, 3, 9, 9), guidance=2.0, rescale=0.5, quantile=0.9, terms=(((0, 1.0), (1, 0.5), (9, 0.25)),))
+    batch = tensors_of(case)
+    ring, cond, uncond = batch.ring.clone(), batch.cond.clone(), batch.uncond.clone()
+    run_operator(emulated.solver_step_, case, batch)
+    for b in range(5):
+        alone = ring[:, b : b + 1].contiguous()
+        one = slice(b, b + 1)
+        t = batch
+        emulated.solver_step_(alone, cond[one], uncond[one], t.coef, t.index, t.counter, t.seeds[one], None, None, True, True)
+        assert same_bits(alone, batch.ring[:, one])
+
+
+def run_this_file(library: dict[str, str], preload: str = "", only: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **library, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", only, __file__]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+
+
+def sanitized(**mutation: Any) -> tuple[dict[str, str], str]:
+    path = emulator_build.library(sanitize=True, **mutation)
+    return {"GENFAST_EMULATOR_SANITIZE": "1", "GENFAST_EMULATOR_LIBRARY": str(path)}, str(emulator_build.asan_runtime())
+
+
+@pytest.mark.slow
+def test_everything_under_address_sanitizer() -> None:
+    done = run_this_file(*sanitized())
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    assert "passed" in done.stdout
+
+
+@pytest.mark.slow
+def test_address_sanitizer_sees_a_kernel_read_out_of_bounds() -> None:
+    bug = ("core/vec.cuh", "      if (i >= span.count) break;", "")
+    done = run_this_file(*sanitized(mutation=bug), only="test_solver_step")
+    assert done.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
+    assert "apply_kernel" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "text", "replacement"),
+    [
+        ("core/reduce.cuh", "    __syncthreads();\n    if (lane < s)", "    if (lane < s)"),
+        ("ops/solver_step/solver_step.cu", "+ j * kFoldLanes + threadIdx.x", "+ threadIdx.x * (kChunk / kFoldLanes) + j"),
+    ],
+    ids=["fold without a barrier", "sum in another order"],
+)
+def test_a_planted_bug_fails(file: str, text: str, replacement: str) -> None:
+    path = emulator_build.library(mutation=(file, text, replacement))
+    done = run_this_file({"GENFAST_EMULATOR_LIBRARY": str(path)}, only="test_solver_step and rescale")
+    assert done.returncode == 1, done.stdout[-5000:] + done.stderr[-5000:]
+    assert " failed" in done.stdout
