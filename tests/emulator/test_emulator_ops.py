@@ -18,8 +18,10 @@ import torch
 from emulator import emulator_build
 from emulator.step_cases import Case, cases, differing, run_operator, same_bits, tensors_of
 
-from genfast import reference
+from genfast import ops, reference
 from genfast.ops import _backend
+from genfast.testing import SPECS, OpSpec, operators_from
+from genfast.testing import Case as SpecCase
 
 _schemas = torch.library.Library("genfast_emulator", "DEF")
 SANITIZED = os.environ.get("GENFAST_EMULATOR_SANITIZE") == "1"
@@ -39,6 +41,15 @@ def emulated() -> Any:
 def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("GENFAST_EMULATOR_SEED", str(getattr(request, "param", 1)))
     yield
+
+
+@pytest.mark.parametrize(("spec", "case"), [pytest.param(s, c, id=f"{s.name}-{c.name}") for s in SPECS.values() for c in s.cases])
+def test_opspecs(emulated: Any, schedule: None, spec: OpSpec, case: SpecCase) -> None:
+    """The cases that the CPU kernels are tested with, through the same wrappers."""
+    arguments = case.make(torch.float32)
+    with operators_from("genfast_emulator"):
+        got = spec.call(ops, arguments)
+    assert all(same_bits(a, b) for a, b in zip(got, spec.call(reference, arguments), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
