@@ -119,7 +119,9 @@ def save(net: UNet, path: str | Path, state: dict[str, Tensor] | None = None, **
     the weights (prediction, noise process, class names, ...); `load` returns it.
     """
     tensors = {name: tensor.detach().float().contiguous().cpu() for name, tensor in (state or net.state_dict()).items()}
-    words = {"family": "unet", "config": json.dumps(asdict(net.config)), "about": json.dumps(about)}
+    words = {
+        "genfast": json.dumps({"family": "unet", "config": asdict(net.config), "about": about})
+    }  # one key: safetensors shuffles several
     temporary = Path(f"{path}.tmp")
     temporary.write_bytes(serialize(tensors, words))
     temporary.replace(path)
@@ -132,13 +134,13 @@ def load(path: str | Path) -> tuple[UNet, dict[str, Any]]:
     """
     try:
         with safe_open(path, "pt") as file:
-            words = file.metadata() or {}
+            words = json.loads((file.metadata() or {}).get("genfast", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"path: got {path}, which is not a safetensors file ({error})") from None
     if words.get("family") != "unet":
         raise ValueError(f"path: got {path}, which is not a U-Net saved by genfast")
-    config: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(words["config"]).items()}
+    config: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in words["config"].items()}
     net = UNet(UNetConfig(**config))
     net.load_state_dict(tensors)
-    return net.eval(), json.loads(words["about"])
+    return net.eval(), words["about"]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from genfast import models
 from genfast.models import UNet, UNetConfig
@@ -84,7 +85,12 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert again.config == net.config and not again.training
     x, t = torch.randn(1, 1, 8, 8), torch.tensor([5.0])
     assert torch.equal(net.eval()(x, t), again(x, t))
-    assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
+    models.save(again, tmp_path / "again.safetensors", **about)
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "net.safetensors").read_bytes()
+    assert {p.name for p in tmp_path.iterdir()} == {"net.safetensors", "again.safetensors"}
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="not a U-Net saved by genfast"):
+        models.load(tmp_path / "other.safetensors")
 
 
 def test_bad_input_is_a_sentence(tmp_path: Path) -> None:
