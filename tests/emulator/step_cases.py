@@ -64,8 +64,8 @@ class Tensors:
         def copy(t: Tensor | None) -> Tensor | None:
             if t is None:
                 return None
-            raw = t.untyped_storage().clone().to(device=device) if device != "cpu" else t.untyped_storage().clone()
-            return torch.empty(0, dtype=t.dtype, device=device).set_(raw, t.storage_offset(), t.shape, t.stride())
+            raw = torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage()).to(device, copy=True)
+            return torch.empty(0, dtype=t.dtype, device=device).set_(raw.untyped_storage(), t.storage_offset(), t.shape, t.stride())
 
         return Tensors(**{k: copy(v) for k, v in vars(self).items()})
 

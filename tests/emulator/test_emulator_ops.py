@@ -17,6 +17,7 @@ import pytest
 import torch
 from emulator import emulator_build
 from emulator.step_cases import Case, cases, differing, run_operator, same_bits, tensors_of
+from ops import numpy_noise
 
 from genfast import ops, reference
 from genfast.ops import _backend
@@ -64,6 +65,14 @@ def test_noise(emulated: Any, schedule: None, shape: tuple[int, ...], uniform: b
         emulated.noise_(out, seeds, 2**32 - 1, 3, uniform)
         want = fill(seeds, shape, draw=2**32 - 1, stream=3, dtype=dtype)
         assert same_bits(out, want)
+
+
+@pytest.mark.parametrize("kind", ["normals", "uniforms"])
+def test_noise_from_the_page_alone(emulated: Any, kind: str) -> None:
+    seed, count = 2**63 - 25, 5001
+    out = torch.empty(1, count)
+    emulated.noise_(out, torch.tensor([seed]), 7, 1, kind == "uniforms")
+    assert same_bits(out[0], torch.from_numpy(getattr(numpy_noise, kind)(seed, 7, 1, count)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
