@@ -48,7 +48,7 @@ def check_seeds(seeds: Tensor, batch: int, device: torch.device) -> None:
         raise refusal("seeds", lowest, "integers in [0, 2^63)")
 
 
-def bump_version(t: Tensor | None) -> None:
+def bump_version(t: Tensor) -> None:
     """Tell autograd that a kernel wrote ``t`` (an inference tensor keeps no such count)."""
-    if t is not None and not t.is_inference():
+    if not t.is_inference():
         torch.autograd.graph.increment_version(t)

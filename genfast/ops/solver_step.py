@@ -112,8 +112,10 @@ def solver_step_(
     checked in host memory only. `torch.ops.genfast.solver_step_` is the same without the checks of this function, for a loop whose
     arguments have passed once.
     """
-    if not 1 <= len(ring) <= MAX_SLOTS:
-        raise refusal("ring", f"{len(ring)} slots", f"1 to {MAX_SLOTS}")
+    stacked = isinstance(ring, Tensor)
+    slots = ring.shape[0] if isinstance(ring, Tensor) else len(ring)
+    if not 1 <= slots <= MAX_SLOTS:
+        raise refusal("ring", f"{slots} slots", f"1 to {MAX_SLOTS}")
     x = ring[0]
     _check_state("ring", x)
     layout = layout_of(x)
@@ -121,7 +123,7 @@ def solver_step_(
         raise refusal("ring", f"slots with strides {x.stride()}", "contiguous, channels_last or channels_last_3d slots")
     if isinstance(ring, Tensor):
         check_mutable("ring", ring)
-        if ring.stride(0) < x.numel() and len(ring) > 1:
+        if slots > 1 and ring.stride(0) < x.numel():
             raise refusal("ring", f"a stride of {ring.stride(0)} between slots", f"slots that do not overlap: at least {x.numel()}")
     else:
         for k, slot in enumerate(ring):
@@ -140,7 +142,6 @@ def solver_step_(
     if watch is not None:
         check_tensor("watch", watch, (len(x),), torch.int64, x.device)
     _autograd.refuse_derivatives("solver_step_", (x, cond, uncond, coef), "genfast.ops.solver_step")
-    stacked = isinstance(ring, Tensor)
     step = _backend.namespace.solver_step_ if stacked else _backend.namespace.solver_step_slots_
     arguments = (ring, cond, uncond, coef, index, counter, seeds, model_input, watch, rescale, threshold)
     if torch.compiler.is_compiling():
@@ -148,10 +149,9 @@ def solver_step_(
         return
     with torch._C._AutoDispatchBelowAutograd():  # what it would look for has been refused
         step(*arguments)
-    for slot in [ring] if isinstance(ring, Tensor) else ring:
-        bump_version(slot)
-    bump_version(model_input)
-    bump_version(watch)
+    for written in (ring, model_input, watch) if isinstance(ring, Tensor) else (*ring, model_input, watch):
+        if written is not None:
+            bump_version(written)
 
 
 def solver_step(
@@ -236,7 +236,7 @@ def _check_model_input(x: Tensor, model_input: Tensor, layout: torch.memory_form
 
 
 def _check_table(x: Tensor, coef: Tensor, index: Tensor, seeds: Tensor | None) -> None:
-    rows = max(len(index), 1)
+    rows = max(index.shape[0], 1) if index.ndim else 1
     check_tensor("coef", coef, (rows, ROW_FLOATS), torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
     check_tensor("index", index, (rows, ROW_INTS), torch.int64, x.device)
     if not (coef.is_contiguous() and index.is_contiguous()):
