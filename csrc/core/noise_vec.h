@@ -17,6 +17,9 @@ struct NoiseKey {
 constexpr int kBlock = 4 * kLanes;  // elements that one set of vectors makes
 constexpr int kNoiseTile = 1024;    // elements whose words are kept at a time: 4 KiB, in L1
 
+// Elements laid out at a time in channels_last: each channel makes its share of them in one go, and whole blocks only.
+constexpr int kNoiseLaidOut = 4096;
+
 // The Philox words of kNoiseTile elements: w[j] holds word j of the counters. Inside a group of kLanes counters, lane p holds
 // counter (p % 4) * (kLanes / 4) + p / 4, which is what transpose_blocks turns into memory order.
 struct alignas(64) NoiseWords {
@@ -98,10 +101,10 @@ inline void noise_range(const NoiseKey& key, int64_t begin, int64_t n, float* ou
   }
 }
 
-// Storage positions begin .. begin + n - 1 (n at most kNoiseTile) of a sample that lies channels_last.
+// Storage positions begin .. begin + n - 1 (n at most kNoiseLaidOut) of a sample that lies channels_last.
 template <bool kUniform>
 inline void noise_channels_last(const NoiseKey& key, int64_t per_sample, int64_t channels, int64_t begin, int64_t n, float* out) {
-  alignas(64) float row[kNoiseTile];
+  alignas(64) float row[kNoiseLaidOut];
   const int64_t spatial = per_sample / channels, end = begin + n;
   for (int64_t c = 0; c < channels; ++c) {
     // Positions s * channels + c inside [begin, end).

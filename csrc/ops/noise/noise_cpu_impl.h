@@ -10,9 +10,9 @@ template <class S, bool kUniform>
 void fill_range(const NoiseParams& p, int64_t sample, int64_t begin, int64_t end) {
   const NoiseKey key{static_cast<uint64_t>(p.seeds[sample]), p.stream, p.draw};
   S* out = static_cast<S*>(p.out) + sample * p.per_sample;
-  alignas(64) float z[kNoiseTile];
-  for (int64_t at = begin; at < end; at += kNoiseTile) {
-    const int64_t n = end - at < kNoiseTile ? end - at : kNoiseTile;
+  alignas(64) float z[kNoiseLaidOut];
+  for (int64_t at = begin; at < end; at += kNoiseLaidOut) {
+    const int64_t n = end - at < kNoiseLaidOut ? end - at : kNoiseLaidOut;
     if (p.channels > 1) {
       noise_channels_last<kUniform>(key, p.per_sample, p.channels, at, n, z);
     } else {

@@ -111,12 +111,14 @@ T quantile_of(T* values, int64_t count, int64_t n, int64_t low, T weight) {
 template <class T>
 void thresholds(const Step& s, const SolverStepKernels& kernels, double* factors) {
   const T* coef = static_cast<const T*>(s.p->coef) + s.row * kRowFloats;
+  const T most = coef[kMaxThreshold];
   const int64_t n = s.per_sample;
   const T rank = coef[kQuantile] * static_cast<T>(n - 1);
   const int64_t low = std::clamp<int64_t>(static_cast<int64_t>(std::floor(rank)), 0, n - 1);
   const T weight = rank - std::floor(rank);
   const int64_t needed = n - low;
 
+  // Samples are shared among threads, and cut where there are fewer of them than threads.
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t parts = std::clamp<int64_t>((threads + s.batch - 1) / s.batch, 1, (n + kGrainElements - 1) / kGrainElements);
   const int64_t part = (n + parts - 1) / parts, room = part + 16;
@@ -125,53 +127,62 @@ void thresholds(const Step& s, const SolverStepKernels& kernels, double* factors
   std::vector<int64_t> counts(static_cast<size_t>(s.batch * parts));
   std::vector<T> bounds(static_cast<size_t>(s.batch), T(-1));
 
-  const int64_t sampled = n >= 2 * kSampleSize ? kSampleSize : 0;
-  const int64_t kept =
-      static_cast<int64_t>(static_cast<double>(sampled) * (1 - 2.5 * static_cast<double>(needed) / static_cast<double>(n))) - 8;
-  if (kept > 0) {
-    torch::stable::parallel_for(0, s.batch, 1, [&](int64_t first, int64_t last) {
-      T sample[kSampleSize];
-      for (int64_t b = first; b < last; ++b) {
-        kernels.magnitudes(s, b, n / sampled, sampled, sample);
-        for (T& v : sample) v = v >= 0 ? v : T(0);  // NaN has no order
-        std::nth_element(sample, sample + kept, sample + sampled);
-        bounds[b] = sample[kept];
-      }
-    });
-  }
+  // The sample's own error is about sqrt(size * p * (1 - p)) ranks: four of those below the wanted one are almost always enough.
+  const double p = static_cast<double>(needed) / static_cast<double>(n);
+  const double margin = 4 * std::sqrt(kSampleSize * p * (1 - p)) + 8;
+  const int64_t kept = n >= 2 * kSampleSize ? static_cast<int64_t>(kSampleSize * (1 - p) - margin) : 0;
+
+  const auto guess = [&](int64_t b) {
+    T sample[kSampleSize];
+    kernels.magnitudes(s, b, n / kSampleSize, kSampleSize, sample);
+    for (T& v : sample) v = v >= 0 ? v : T(0);  // NaN has no order
+    std::nth_element(sample, sample + kept, sample + kSampleSize);
+    bounds[b] = sample[kept];
+  };
   const auto collect = [&](int64_t b, int64_t k) {
     const int64_t begin = std::min(n, k * part), end = std::min(n, begin + part);
     counts[b * parts + k] = kernels.candidates(s, b, begin, end, bounds[b], found.get() + (b * parts + k) * room);
   };
-  torch::stable::parallel_for(0, s.batch * parts, 1, [&](int64_t first, int64_t last) {
-    for (int64_t u = first; u < last; ++u) collect(u / parts, u % parts);
-  });
-
-  const T most = coef[kMaxThreshold];
-  torch::stable::parallel_for(0, s.batch, 1, [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; ++b) {
-      T* values = found.get() + b * parts * room;
-      const auto gather = [&] {  // the parts side by side; -1 if one met a NaN
-        int64_t count = 0;
-        for (int64_t k = 0; k < parts; ++k) {
-          const int64_t more = counts[b * parts + k];
-          if (more < 0) return int64_t{-1};
-          std::copy(values + k * room, values + k * room + more, values + count);
-          count += more;
-        }
-        return count;
-      };
-      int64_t count = gather();
-      if (count >= 0 && count < needed) {
-        bounds[b] = T(-1);
-        for (int64_t k = 0; k < parts; ++k) collect(b, k);
-        count = gather();
-      }
-      T threshold = count < 0 ? std::numeric_limits<T>::quiet_NaN() : quantile_of(values, count, n, low, weight);
-      threshold = threshold < T(1) ? T(1) : threshold;
-      factors[2 * b + 1] = threshold > most ? most : threshold;
+  const auto gather = [&](int64_t b) {  // the parts side by side; -1 if one met a NaN
+    T* values = found.get() + b * parts * room;
+    int64_t count = 0;
+    for (int64_t k = 0; k < parts; ++k) {
+      const int64_t more = counts[b * parts + k];
+      if (more < 0) return int64_t{-1};
+      std::copy(values + k * room, values + k * room + more, values + count);
+      count += more;
     }
-  });
+    return count;
+  };
+  const auto select = [&](int64_t b) {
+    int64_t count = gather(b);
+    if (count >= 0 && count < needed) {
+      bounds[b] = T(-1);
+      for (int64_t k = 0; k < parts; ++k) collect(b, k);
+      count = gather(b);
+    }
+    T threshold = std::numeric_limits<T>::quiet_NaN();
+    if (count >= 0) threshold = quantile_of(found.get() + b * parts * room, count, n, low, weight);
+    threshold = threshold < T(1) ? T(1) : threshold;
+    factors[2 * b + 1] = threshold > most ? most : threshold;
+  };
+
+  const auto share = [](int64_t count, const auto& work) {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) work(i);
+    });
+  };
+  if (parts == 1) {
+    share(s.batch, [&](int64_t b) {
+      if (kept > 0) guess(b);
+      collect(b, 0);
+      select(b);
+    });
+  } else {
+    if (kept > 0) share(s.batch, guess);
+    share(s.batch * parts, [&](int64_t u) { collect(u / parts, u % parts); });
+    share(s.batch, select);
+  }
 }
 
 template <class T>

@@ -11,7 +11,6 @@ namespace {
 constexpr int kTileVectors = 2;
 template <class T>
 constexpr int kTile = kTileVectors * kCount<T>;
-constexpr int64_t kPiece = kNoiseTile;  // elements between two rounds of what follows a row: small enough to be in L1 still
 
 // Pointers to element 0 of one sample (or of its stand-in for a tail).
 template <class S, class M>
@@ -241,10 +240,12 @@ void row_range(const Step& s, int64_t sample, int64_t begin, int64_t end) {
   // In C-order the normals go from the words through registers into the sum; otherwise they are laid out first.
   const bool direct = __is_same(T, float) && s.p->channels == 1;
   NoiseWords words;
-  alignas(64) float laid_out[kNoise ? kPiece : 1];
+  alignas(64) float laid_out[kNoise ? kNoiseLaidOut : 1];
+  // Pieces are small enough that what follows a row finds its output in L1.
+  const int64_t length = kNoise && !direct ? kNoiseLaidOut : kNoiseTile;
 
-  for (int64_t piece = begin; piece < end; piece += kPiece) {
-    const int64_t stop = piece + kPiece < end ? piece + kPiece : end;
+  for (int64_t piece = begin; piece < end; piece += length) {
+    const int64_t stop = piece + length < end ? piece + length : end;
     int64_t i = piece;
     if constexpr (kNoise) {
       if (direct) {
