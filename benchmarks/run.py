@@ -6,12 +6,13 @@ Rows go to benchmarks/results/<suite>-<device>.jsonl (or --out DIR); ``python -m
 from __future__ import annotations
 
 import argparse
+import itertools
 import resource
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from torch import Tensor
 from benchmarks import timing
 from benchmarks.cases import GUIDANCE, STEPS, StepCase, step_cases
 from benchmarks.composites import CompiledRun, StockRun
-from genfast import ops, reference
+from genfast import Sampler, ops, reference
+from genfast.train import pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
@@ -78,7 +80,7 @@ def time_steps(case: StepCase, dtype: torch.dtype, device: str, threads: int, co
     if device == "cpu":
         torch.set_num_threads(threads)
     timings = timing.interleave(
-        variants, device=device, rounds=3 if quick else 21, round_seconds=0.005 if quick else 0.05, calls_per_run=STEPS
+        variants, device=device, rounds=3 if quick else 21, round_seconds=0.005 if quick else 0.05, calls_per_run=STEPS, quiet=not quick
     )
     copy_rate = 2 * x.numel() * x.element_size() / timings["copy"].median
     facts = timing.environment(device) | {"command": command}
@@ -92,6 +94,60 @@ def time_steps(case: StepCase, dtype: torch.dtype, device: str, threads: int, co
             difference = (results["genfast"] - results["reference"]).abs().max().item()
             row |= {"max_abs_difference_from_reference": difference}
         rows.append(row | facts)
+    return rows
+
+
+def stock_loop(net: Any, labels: Tensor, noise: Tensor) -> Callable[[], Tensor]:
+    """The shipped model sampled the way a diffusers pipeline does it: cat, network, chunk, combine, scheduler.step."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler: Any = cast(Any, DPMSolverMultistepScheduler)(
+        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing"
+    )
+    both = torch.cat([torch.full_like(labels, net.null_label), labels])
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        scheduler.set_timesteps(STEPS, device=noise.device)
+        x = noise
+        for t in scheduler.timesteps:
+            uncond, cond = net(torch.cat([x, x]), t.float().expand(len(both)), both).chunk(2)
+            x = scheduler.step(uncond + 2.5 * (cond - uncond), t, x, return_dict=False)[0]
+        return x
+
+    return run
+
+
+def time_sampling(device: str, threads: int, command: str, quick: bool) -> list[Row]:
+    """The shipped model, 20 steps of DPM++ 2M with guidance: microseconds per step, network included."""
+    denoiser, about = pictures.load_denoiser(device=device)
+    batch = 2 if quick else 16
+    shape = (batch, 1, *about["size"])
+    labels = torch.arange(batch, device=device) % len(about["classes"])
+    cond, uncond = {"y": labels}, {"y": torch.full_like(labels, denoiser.net.null_label)}  # type: ignore[attr-defined]
+
+    def drawn(**options: Any) -> Callable[[], Tensor]:
+        sampler = Sampler("dpmpp_2m", STEPS, guidance_scale=2.5, progress=False, **options)
+        return lambda: sampler(denoiser, shape, seeds=range(batch), cond=cond, uncond=uncond)
+
+    variants: dict[str, Callable[[], Tensor]] = {"genfast": drawn(), "reference": drawn(impl="reference")}
+    if device == "cuda":
+        variants["genfast-captured"] = drawn(capture=True)
+    else:
+        torch.set_num_threads(threads)
+    if not quick:
+        noise = ops.normal(torch.arange(batch, device=device), shape)
+        variants["diffusers"] = stock_loop(denoiser.net, labels, noise)
+    samples = {name: run() for name, run in variants.items()}
+    timings = timing.interleave(
+        dict(variants), device=device, rounds=3 if quick else 11, round_seconds=0.0, calls_per_run=STEPS, quiet=not quick
+    )
+    facts = timing.environment(device) | {"command": command}
+    rows = []
+    for name, t in timings.items():
+        row: Row = {"case": f"shipped model, {batch} images, {STEPS} steps", "variant": name, "shape": list(shape), "dtype": "float32"}
+        row |= {"median_us": round(t.median, 3), "iqr_us": round(t.iqr, 3), "rounds": t.rounds, "discarded": t.discarded}
+        rows.append(row | {"max_abs_difference_from_genfast": (samples[name] - samples["genfast"]).abs().max().item()} | facts)
     return rows
 
 
@@ -110,9 +166,18 @@ def heap_growth(command: str, steps: int) -> list[Row]:
     return [row | timing.environment("cpu") | {"command": command}]
 
 
+def show(rows: list[Row], label: str) -> None:
+    ours = next(row for row in rows if row["variant"] == "genfast")
+    share = f", {ours['share_of_copy']:.0%} of copy bandwidth" if "share_of_copy" in ours else ""
+    print(f"{label}: {ours['median_us']:.1f} us a step{share}")
+    for row in rows:
+        if row is not ours:
+            print(f"    {row['variant']:<16} {row['median_us']:>10.1f} us  {row['median_us'] / ours['median_us']:>6.2f}x")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--suite", default="steps", choices=["steps", "all"])
+    parser.add_argument("--suite", default="all", choices=["steps", "sampling", "all"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument(
         "--threads", type=int, nargs="+", default=[torch.get_num_threads()], help="CPU only: time with each number of threads"
@@ -128,25 +193,22 @@ def main(arguments: list[str] | None = None) -> int:
         cases, dtypes = step_cases(pixels=(8, 3, 1024, 1024)), [torch.float32, torch.bfloat16]
     else:
         cases, dtypes = (step_cases((2, 3, 16, 16), (1, 4, 8, 8)) if options.quick else step_cases()), [torch.float32]
-    rows: list[Row] = []
-    for case in cases:
-        if options.filter not in case.name:
-            continue
-        for dtype in dtypes:
-            for threads in options.threads if options.device == "cpu" else [0]:
-                new = time_steps(case, dtype, options.device, threads, command.strip(), options.quick)
-                timing.append(options.out / f"steps-{options.device}.jsonl", new)
-                rows += new
-                ours = next(row for row in new if row["variant"] == "genfast")
-                label = f"{case.name}, {ours['dtype']}" + (f", {threads} threads" if threads else "")
-                print(f"{label}: {ours['median_us']:.1f} us, {ours['share_of_copy']:.0%} of copy bandwidth")
-                for row in new:
-                    if row["variant"] != "genfast":
-                        print(f"    {row['variant']:<16} {row['median_us']:>10.1f} us  {row['median_us'] / ours['median_us']:>6.2f}x")
-    if options.device == "cpu" and not options.filter:
+    threads = options.threads if options.device == "cpu" else [0]
+    results = options.out / f"steps-{options.device}.jsonl"
+    for case in cases if options.suite != "sampling" else []:
+        for dtype, count in itertools.product(dtypes, threads) if options.filter in case.name else []:
+            new = time_steps(case, dtype, options.device, count, command.strip(), options.quick)
+            timing.append(results, new)
+            show(new, f"{case.name}, {new[0]['dtype']}" + (f", {count} threads" if count else ""))
+    if options.device == "cpu" and options.suite != "sampling" and not options.filter:
         new = heap_growth(command.strip(), 100 if options.quick else 1000)
-        timing.append(options.out / "steps-cpu.jsonl", new)
+        timing.append(results, new)
         print(f"{new[0]['case']}: {new[0]['growth_kib']} KiB")
+    if options.suite != "steps" and options.filter in "shipped model":
+        for count in threads:
+            new = time_sampling(options.device, count, command.strip(), options.quick)
+            timing.append(options.out / f"sampling-{options.device}.jsonl", new)
+            show(new, new[0]["case"] + (f", {count} threads" if count else ""))
     return 0
 
 

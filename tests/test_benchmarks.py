@@ -24,8 +24,16 @@ def test_quick_run_writes_rows(tmp_path: Path) -> None:
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     rows = [json.loads(line) for line in (tmp_path / "steps-cpu.jsonl").read_text().splitlines()]
     assert {row["variant"] for row in rows} == {"genfast", "reference", "copy"}
+    assert not (tmp_path / "sampling-cpu.jsonl").exists()
     for row in rows:
         assert row["median_us"] > 0 and row["device"] == "cpu" and row["torch"] == torch.__version__ and "2M" in row["case"]
+
+
+def test_quick_sampling_writes_rows(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.run", "--quick", "--device", "cpu", "--out", str(tmp_path), "--suite", "sampling"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    rows = {row["variant"]: row for row in map(json.loads, (tmp_path / "sampling-cpu.jsonl").read_text().splitlines())}
+    assert set(rows) == {"genfast", "reference"} and all(row["max_abs_difference_from_genfast"] == 0 for row in rows.values())
 
 
 @pytest.mark.parametrize("case", step_cases((2, 3, 16, 16), (1, 4, 8, 8)), ids=lambda c: c.name)

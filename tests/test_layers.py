@@ -19,8 +19,7 @@ ALLOWED = {
     "models": {"nn", "ops", "reference"},
     "samplers": {"ops", "reference", "schedules"},
     "data": set(),
-    "metrics": {"data"},
-    "train": {"data", "metrics", "models", "nn", "ops", "reference", "samplers", "schedules"},
+    "train": {"data", "models", "nn", "ops", "reference", "samplers", "schedules"},
     "testing": {"ops", "reference", "_library"},
     "info": {"_library", "_C", "__version__"},
 }
@@ -66,8 +65,10 @@ def test_kernels_do_not_include_each_other() -> None:
     for path in [*csrc.rglob("*.h"), *csrc.rglob("*.cpp"), *csrc.rglob("*.cu"), *csrc.rglob("*.cuh")]:
         includes = [line.split('"')[1] for line in path.read_text().splitlines() if line.startswith('#include "')]
         for include in includes:
+            if (path.name, include) == ("launch.h", "emulator.h"):
+                continue  # the one door to tests/emulator, behind GF_EMULATE
             target = (path.parent / include).resolve()
-            assert target.exists() or path.name == "bindings.cpp", f"{path.relative_to(csrc)} includes {include}, which is not there"
+            assert target.exists(), f"{path.relative_to(csrc)} includes {include}, which is not there"
             parts = target.relative_to(csrc).parts
             if path.is_relative_to(csrc / "core"):
                 assert parts[0] == "core", f"{path.relative_to(csrc)} includes {include}: core includes no op"
