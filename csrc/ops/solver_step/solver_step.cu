@@ -38,7 +38,8 @@ __device__ __forceinline__ void read_row(const SolverStepParams& p, Row<T>& row)
     const int64_t* index = p.index + number * kRowInts;
     const bool is_history = term >= kTermH && term < kTermNoise;
     const bool exists = term < kTerms && output < index[kNumOut] && (!is_history || term - kTermH < index[kNumHist]);
-    const T c = exists ? coef[kCoef + output * kTerms + term] : T(0);
+    T c = term < kTerms ? coef[kCoef + output * kTerms + term] : T(0);  // loaded at once, not after the counts
+    if (!exists) c = T(0);
     const uint32_t present = __ballot_sync(~0u, c != 0);
     if (term < kTerms) row.coef[lane] = c;
     if (lane < kCoef) row.scalar[lane] = coef[lane];
@@ -147,9 +148,7 @@ template <class S, bool kVector>
 constexpr int kElements = kVector && sizeof(S) == 2 ? 8 : 4;
 // Registers are capped so that enough threads are resident to keep memory busy.
 template <class S>
-constexpr int kBlocksPerSM = sizeof(S) == 8   ? 1
-                             : sizeof(S) == 4 ? 3
-                                              : 2;
+constexpr int kBlocksPerSM = sizeof(S) == 4 ? 3 : 1;
 
 template <class S, bool kVector>
 __global__ void __launch_bounds__(kTileThreads, kBlocksPerSM<S>) apply_kernel(const __grid_constant__ SolverStepParams p) {
@@ -451,14 +450,12 @@ void launch_solver_step_cuda(const SolverStepParams& p, void* stream) {
     }
     if ((p.rescale && p.uncond) || p.threshold) GF_LAUNCH((sample_scalars_kernel<S>), samples, kSelectThreads, 0, stream, p);
 
-    const auto apply = [&](auto kernel, int elements) {
-      const auto [grid, block] = tile(p.batch, (p.per_sample + elements - 1) / elements);
-      GF_LAUNCH(kernel, grid, block, 0, stream, p);
-    };
     if (moves_as_vectors<S>(p)) {
-      apply(apply_kernel<S, true>, kElements<S, true>);
+      const auto [grid, block] = tile(p.batch, p.per_sample / kElements<S, true>);
+      GF_LAUNCH((apply_kernel<S, true>), grid, block, 0, stream, p);
     } else {
-      apply(apply_kernel<S, false>, kElements<S, false>);
+      const auto [grid, block] = tile(p.batch, (p.per_sample + kElements<S, false> - 1) / kElements<S, false>);
+      GF_LAUNCH((apply_kernel<S, false>), grid, block, 0, stream, p);
     }
   });
 }
