@@ -126,6 +126,15 @@ def test_rows_that_do_not_ask_for_rescale_or_threshold(emulated: Any) -> None:
     assert same_bits(among.ring, alone.ring)
 
 
+def test_noise_without_seeds_is_nan(emulated: Any) -> None:
+    """The row is known on the device alone, so it cannot be refused there; it must not look like a draw either."""
+    coef, index = ops.pack_row(convert=(0.0, 1.0), outputs={0: {"d": 1.0, "noise": 0.5}}, draw=1)
+    ring, watch = torch.zeros(1, 2, 8), torch.full((2,), 99)
+    tables = torch.tensor([coef]), torch.tensor([index]), torch.zeros(1, dtype=torch.int64)
+    emulated.solver_step_(ring, torch.zeros(2, 8), None, *tables, None, None, watch, False, False)
+    assert ring.isnan().all() and watch.tolist() == [0, 0]
+
+
 def test_a_sample_alone_equals_the_sample_in_a_batch(emulated: Any) -> None:
     case = Case(shape=(5, 3, 9, 9), guidance=2.0, rescale=0.5, quantile=0.9, terms=(((0, 1.0), (1, 0.5), (9, 0.25)),))
     batch = tensors_of(case)

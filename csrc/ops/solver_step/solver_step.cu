@@ -224,7 +224,9 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerSM<S>) apply_kernel(co
       T noise[N];
 #pragma unroll
       for (int quad = 0; quad < N / 4; ++quad) {
-        const Normals n = normals(p.seeds[b], 0, static_cast<uint32_t>(row.index[kDraw]), span.element / 4 + quad);
+        // Whether a row draws is known on the device alone, too late to refuse it: without seeds its noise is NaN, never an unseeded draw.
+        const Normals n = p.seeds ? normals(p.seeds[b], 0, static_cast<uint32_t>(row.index[kDraw]), span.element / 4 + quad)
+                                  : Normals{{NAN, NAN, NAN, NAN}};
 #pragma unroll
         for (int i = 0; i < 4; ++i) noise[4 * quad + i] = n.z[i];
       }
