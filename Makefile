@@ -3,7 +3,7 @@
 # make lint     ruff and clang-format                       make typecheck     mypy
 # make cuda     compile every .cu, fail on register spills  make audit         stable-ABI audit of the libraries
 # make wheel    one py3-none wheel in dist/                 make test-wheel    the suite against another torch and another Python
-# make bench    benchmarks, rows to benchmarks/results/
+# make bench    benchmarks, rows to benchmarks/results/       sh tools/gpu.sh OUT     everything that needs a GPU
 # VENV=path uses that environment; a torch it already has is used as it is.
 
 VENV ?= .venv

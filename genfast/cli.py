@@ -24,6 +24,12 @@ def _data(arguments: argparse.Namespace) -> None:
         print(data.fetch(arguments.name, arguments.source))
 
 
+def _device(arguments: argparse.Namespace) -> str:
+    import torch
+
+    return arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _train_diffusion(arguments: argparse.Namespace) -> None:
     import torch
 
@@ -39,7 +45,7 @@ def _train_diffusion(arguments: argparse.Namespace) -> None:
     config = UNetConfig(channels=tuple(arguments.channels), blocks=tuple(arguments.blocks), attention=tuple(map(bool, arguments.attention)),
                         num_classes=len(classes), time_scale=1000.0 if noise.kind == "flow" else 1.0)  # fmt: skip
     last = train_diffusion(
-        UNet(config).to(arguments.device), images, labels, validation=validation, about={"data": arguments.data, "classes": classes},
+        UNet(config).to(_device(arguments)), images, labels, validation=validation, about={"data": arguments.data, "classes": classes},
         out=arguments.out, steps=arguments.steps, batch=arguments.batch, seed=arguments.seed, prediction=arguments.prediction, noise=noise,
         min_snr=arguments.min_snr, label_dropout=arguments.label_dropout, lr=arguments.lr, lr_schedule=arguments.lr_schedule,
         warmup=arguments.warmup, ema=arguments.ema, autocast=arguments.autocast, impl=arguments.impl,
@@ -52,7 +58,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     from genfast.samplers import Sampler
     from genfast.train import pictures
 
-    denoiser, about = pictures.load_denoiser(arguments.weights or pictures.SHIPPED, arguments.device)
+    denoiser, about = pictures.load_denoiser(arguments.weights or pictures.SHIPPED, _device(arguments))
     classes = about.get("classes", [])
     labels = range(max(1, len(classes))) if arguments.labels is None else [_label(word, classes) for word in arguments.labels.split(",")]
     seeds = _numbers(arguments.seeds)
@@ -136,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--ema", type=float, default=0.05, help="relative width of the average of the weights")
     add("--autocast", choices=["bfloat16"], help="dtype of matrix products; float32 when not given")
     add("--impl", choices=["fused", "reference"], default="fused", help="of the noise; the bits are the same")
-    add("--device", default="cpu")
+    add("--device", help="where to run; cuda if torch sees one, else cpu, when not given")
     add("--checkpoint-every", type=int, default=500, help="steps")
     add("--sample-every", type=int, default=0, help="steps between sample grids; 0: none")
     diffusion.set_defaults(run=_train_diffusion)
@@ -152,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--sigmas", help="grid of the solver, such as karras; its own when not given")
     add("--guidance-scale", type=float, default=2.5, help="1: off")
     add("--impl", choices=["fused", "reference"], default="fused", help="of the solver step; the bits are the same")
-    add("--device", default="cpu")
+    add("--device", help="where to run; cuda if torch sees one, else cpu, when not given")
     sample.set_defaults(run=_sample)
 
     commands.add_parser("bench", help="run the benchmarks, in a checkout", add_help=False).set_defaults(run=_bench)

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     denoiser, about = pictures.load_denoiser(device=arguments.device)
     classes: list[str] = about["classes"]
     print(f"{len(classes)} classes x {COLUMNS} seeds: {SOLVER}, {STEPS} steps, guidance {GUIDANCE}, on {arguments.device}")
-    x = pictures.draw(denoiser, Sampler(SOLVER, STEPS, guidance_scale=GUIDANCE), range(len(classes)), range(COLUMNS), about["size"])
+    x = pictures.draw(denoiser, _sampler(denoiser), range(len(classes)), range(COLUMNS), about["size"])
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     pictures.grid(x, COLUMNS, classes).save(arguments.out)
     print(f"wrote {arguments.out}\n")
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(denoiser: Denoiser, classes: int, size: Sequence[int], rounds: int = 3) -> None:
     """Print what fused and reference cost and how far apart their samples are, one image a class with the same seeds."""
-    samplers = {impl: Sampler(SOLVER, STEPS, guidance_scale=GUIDANCE, progress=False, impl=impl) for impl in ("fused", "reference")}
+    samplers = {impl: _sampler(denoiser, progress=False, impl=impl) for impl in ("fused", "reference")}
     pictures.draw(denoiser, samplers["fused"], range(classes), [0], size)  # warms up; not counted
     draws = {impl: partial(pictures.draw, denoiser, sampler, range(classes), [0], size) for impl, sampler in samplers.items()}
     whole, samples = _interleaved(draws, rounds)
@@ -59,6 +59,18 @@ def compare(denoiser: Denoiser, classes: int, size: Sequence[int], rounds: int =
     print(f"{'largest difference of a pixel':32}{difference:>12g}\n")
     share = statistics.median(steps["fused"]) / STEPS / classes / COLUMNS / (statistics.median(whole["fused"]) / STEPS / classes)
     print(f"The solver's share of a fused step is {share:.2%}: on a network of this size and device the rest is the network's own time.")
+
+
+def _sampler(denoiser: Denoiser, **options: Any) -> Sampler:
+    """The demo's sampler; on a GPU the fused one records network and step in one CUDA graph."""
+    capture = _parameter(denoiser).is_cuda and options.get("impl") != "reference"
+    return Sampler(SOLVER, STEPS, guidance_scale=GUIDANCE, capture=capture, **options)
+
+
+def _parameter(denoiser: Denoiser) -> Tensor:
+    net: Any = denoiser.net
+    parameter: Tensor = next(net.parameters())
+    return parameter
 
 
 def _line(name: str, unit: str, scale: float, seconds: dict[str, list[float]]) -> str:
@@ -83,7 +95,7 @@ def _step_alone(denoiser: Denoiser, impl: str, batch: int, size: Sequence[int]) 
     """All rows of the plan on fixed tensors, without the network."""
     plan = Sampler(SOLVER, STEPS).plan(denoiser.noise)
     net: Any = denoiser.net
-    device = next(net.parameters()).device
+    device = _parameter(denoiser).device
     program = plan.compile(denoiser, device=device, guidance=GUIDANCE)
     ring = torch.zeros(plan.slots, batch, net.config.image_channels, *size, device=device)
     output: Tensor = torch.zeros(2 * batch, *ring.shape[2:], device=device)
