@@ -43,6 +43,9 @@ class _Clock:
     def noisy(self) -> bool:
         if self.device == "cuda":
             return False
+        # Compiled code brings a thread pool of its own, and idle threads of one pool spin for a while on the cores of the other.
+        time.sleep(0.005)
+        self.probe.add_(1.0)  # wakes torch's threads
         start = time.perf_counter()
         self.probe.add_(1.0)
         return (time.perf_counter() - start) * 1e6 > NOISY_US
@@ -88,6 +91,7 @@ def interleave(
         for name, call in variants.items():
             for _ in range(50):
                 before = clock.noisy()
+                call()  # wakes the variant's own threads
                 seconds = clock.measure(call, repeats[name])
                 if not quiet or not (before or clock.noisy()):
                     times[name].append(seconds * 1e6 / calls_per_run)
