@@ -60,6 +60,7 @@ def time_steps(case: StepCase, dtype: torch.dtype, device: str, threads: int, co
     runs: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"genfast": fused, "reference": plain}
     modes = {"compiled": None, **({"compiled-graphs": "reduce-overhead"} if device == "cuda" else {})}
     if not quick:
+        torch.compiler.reset()  # every case compiles afresh, within the limit of recompilations
         for name, mode in modes.items():
             p = fused.program
             runs[name] = CompiledRun(p.coef, p.index, fused.slots, guided=True, mode=mode)
