@@ -11,11 +11,11 @@ from torch import Tensor
 Step = Callable[..., list[Tensor]]
 
 
-def expression(coef: Tensor, index: Tensor, guided: bool, draws: bool) -> tuple[tuple[Any, ...], Step]:
+def expression(coef: Tensor, index: Tensor, guided: bool) -> tuple[tuple[Any, ...], Step]:
     """One row as a plain torch function of tensors and 0-dim coefficients, written for the compiler: only present terms, no branches.
 
     Returns (structure, function); rows of equal structure share one compiled function. ``coef`` (40,), ``index`` (12,) as
-    docs/solver-step.md lays them out. The function takes (x, cond, uncond, scalars (40 0-dim tensors), history list).
+    docs/solver-step.md lays them out. The function takes (x, cond, uncond, scalars (40 0-dim tensors), history list, noise or None).
     """
     c, i = coef.tolist(), index.tolist()
     outputs, history = i[1], i[2]
@@ -23,7 +23,7 @@ def expression(coef: Tensor, index: Tensor, guided: bool, draws: bool) -> tuple[
     has_ax, has_am, threshold = c[0] != 0, c[1] != 0, c[6] != 0
     structure = (outputs, history, terms, has_ax, has_am, guided, threshold)
 
-    def step(x: Tensor, cond: Tensor, uncond: Tensor | None, s: list[Tensor], h: list[Tensor]) -> list[Tensor]:
+    def step(x: Tensor, cond: Tensor, uncond: Tensor | None, s: list[Tensor], h: list[Tensor], noise: Tensor | None) -> list[Tensor]:
         m = uncond + s[2] * (cond - uncond) if uncond is not None else cond
         parts = ([s[0] * x] if has_ax else []) + ([s[1] * m] if has_am else [])
         d = parts[0] + parts[1] if len(parts) == 2 else parts[0]
@@ -31,8 +31,8 @@ def expression(coef: Tensor, index: Tensor, guided: bool, draws: bool) -> tuple[
             bound = torch.quantile(d.abs().flatten(1), s[6], dim=1).clamp(min=1).minimum(s[7]).view(-1, *[1] * (d.dim() - 1))
             d = d.clamp(-bound, bound) / bound
         values: dict[int, Tensor] = {0: x, 1: d, 2: m, **{3 + j: v for j, v in enumerate(h)}}
-        if draws and any(9 in t for t in terms):
-            values[9] = torch.randn_like(x)
+        if noise is not None:
+            values[9] = noise
         return [sum((s[8 + 10 * k + t] * values[t] for t in ts[1:]), s[8 + 10 * k + ts[0]] * values[ts[0]]) for k, ts in enumerate(terms)]
 
     return structure, step
@@ -43,19 +43,21 @@ class CompiledRun:
 
     def __init__(self, coef: Tensor, index: Tensor, slots: int, guided: bool, mode: str | None) -> None:
         self.slots = slots
-        self.rows: list[tuple[Step, list[Tensor], list[int], list[int]]] = []
+        self.rows: list[tuple[Step, list[Tensor], list[int], list[int], bool]] = []
         compiled: dict[tuple[Any, ...], Step] = {}
         for row in range(len(coef)):
-            structure, step = expression(coef[row], index[row], guided, draws=True)
+            structure, step = expression(coef[row], index[row], guided)
             if structure not in compiled:
                 compiled[structure] = torch.compile(step, fullgraph=True, dynamic=False, mode=mode)
             i = index[row].tolist()
-            self.rows.append((compiled[structure], list(coef[row].unbind(0)), i[3 : 3 + i[2]], i[9 : 9 + i[1]]))
+            self.rows.append((compiled[structure], list(coef[row].unbind(0)), i[3 : 3 + i[2]], i[9 : 9 + i[1]], 9 in structure[2][0]))
 
     def __call__(self, x: Tensor, cond: Tensor, uncond: Tensor | None) -> Tensor:
         state: list[Tensor] = [x] * self.slots
-        for step, scalars, reads, writes in self.rows:
-            for slot, value in zip(writes, step(state[0], cond, uncond, scalars, [state[j] for j in reads]), strict=True):
+        for step, scalars, reads, writes, draws in self.rows:
+            # Drawn outside: torch's own generator fills a tensor far faster than the compiler's code does.
+            noise = torch.randn_like(x) if draws else None
+            for slot, value in zip(writes, step(state[0], cond, uncond, scalars, [state[j] for j in reads], noise), strict=True):
                 state[slot] = value
         return state[0]
 
@@ -66,6 +68,7 @@ class StockRun:
     def __init__(self, scheduler: Any, steps: int, guidance_scale: float) -> None:
         self.scheduler, self.guidance_scale = scheduler, guidance_scale
         scheduler.set_timesteps(steps)
+        scheduler.is_scale_input_called = True  # the pipeline calls it; here it would only time a warning
         self.timesteps = list(scheduler.timesteps)
         self.fresh = {k: v for k, v in vars(scheduler).items() if k in ("lower_order_nums", "last_sample", "_step_index", "this_order")}
 

@@ -21,6 +21,7 @@ from genfast.info import cpu_isa
 # A parallel region that does next to nothing takes some 10 us on a quiet machine. Above this, a core was taken
 # away (the runtime then waits a scheduler tick), and the round says nothing about the code.
 NOISY_US = 100.0
+SLOW_SECONDS = 10.0  # a variant that takes longer in all gets fewer rounds, at least five
 
 
 @dataclass
@@ -80,18 +81,21 @@ def interleave(
     ``quiet``: discard and repeat the rounds during which a core was taken away (CPU only).
     """
     clock = _Clock(device)
-    repeats = {}
+    repeats, rounds_of = {}, {}
     for name, call in variants.items():
         call()  # warm up: compilation, allocation, page faults
         call()
-        repeats[name] = max(1, int(round_seconds / max(clock.measure(call, 1), 1e-7)))
+        seconds = max(clock.measure(call, 1), 1e-7)
+        repeats[name] = max(1, int(round_seconds / seconds))
+        rounds_of[name] = max(min(5, rounds), min(rounds, int(SLOW_SECONDS / seconds)))
     times: dict[str, list[float]] = {name: [] for name in variants}
     discarded = dict.fromkeys(variants, 0)
-    for _ in range(rounds):
-        for name, call in variants.items():
+    for turn in range(rounds):
+        for name, call in [(name, call) for name, call in variants.items() if turn < rounds_of[name]]:
             for _ in range(50):
                 before = clock.noisy()
-                call()  # wakes the variant's own threads
+                if repeats[name] > 1:
+                    call()  # wakes the variant's own threads
                 seconds = clock.measure(call, repeats[name])
                 if not quiet or not (before or clock.noisy()):
                     times[name].append(seconds * 1e6 / calls_per_run)
