@@ -44,7 +44,7 @@ def check_seeds(seeds: Tensor, batch: int, device: torch.device) -> None:
         raise refusal(
             "seeds", f"{seeds.dtype} {tuple(seeds.shape)} on {seeds.device}", f"torch.int64 ({batch},) on {device}, one per sample"
         )
-    if readable(seeds) and batch and (lowest := int(seeds.min())) < 0:
+    if readable(seeds) and batch and (lowest := min(seeds.tolist())) < 0:  # a reduction by torch costs more than a batch of seeds
         raise refusal("seeds", lowest, "integers in [0, 2^63)")
 
 
