@@ -61,9 +61,13 @@ def steps_table(rows: list[Row]) -> str:
 
 
 def source_line(rows: list[Row]) -> str:
+    def all_of(key: str) -> str:
+        return ", ".join(dict.fromkeys(str(row[key]) for row in rows))
+
     row = rows[-1]
     machine = row.get("gpu") or f"{row.get('cpu')}, {row.get('threads')} threads, {row.get('isa')}"
-    return f"Median per step on {machine}, torch {row['torch']}, commit {row['commit']}, {row['date']}; `{row['command']}`."
+    commands = ", ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))
+    return f"Median per step on {machine}, torch {all_of('torch')}, commit {all_of('commit')}, {all_of('date')}; {commands}."
 
 
 def block(name: str) -> str:

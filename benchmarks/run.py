@@ -37,7 +37,7 @@ class Fused:
         )
         self.impl, self.threshold, self.slots = impl, case.threshold is not None, plan.slots
         self.counters = list(torch.arange(len(plan.rows), device=device).split(1))
-        self.seeds = torch.arange(case.shape[0], device=device)
+        self.seeds = torch.arange(case.shape[0], device=device) if any(row.noisy for row in plan.rows) else None
         self.ring = torch.zeros(plan.slots, *case.shape, dtype=dtype, device=device)
         # The fewest bytes a step can move: every live tensor read once, every output written once, averaged over the plan.
         element = self.ring.element_size() * self.ring[0].numel()

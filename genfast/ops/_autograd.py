@@ -28,22 +28,28 @@ _INPUT_TERMS = (0, 3, 4)  # where a row holds its first three inputs: x, h0, h1
 _DERIVATIVE = "an input with a gradient, a tangent or inside a torch.func transform"
 
 
-def _has_derivative(t: Tensor) -> bool:
-    """Whether a gradient or tangent flows through ``t``."""
-    if t.requires_grad and torch.is_grad_enabled():
-        return True
-    if torch._C._are_functorch_transforms_active() and torch._C._functorch.is_functorch_wrapped_tensor(t):
-        return True
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
+def _carried(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a gradient or a tangent flows through one of ``tensors``."""
+    gradient, transform, tangent = torch.is_grad_enabled(), torch._C._are_functorch_transforms_active(), forward_ad._current_level >= 0
+    if not (gradient or transform or tangent):
+        return False
+    for t in tensors:  # a plain loop: every call of an operator comes through here
+        if t is None:
+            continue
+        if gradient and t.requires_grad:
+            return True
+        if transform and torch._C._functorch.is_functorch_wrapped_tensor(t):
+            return True
+        if tangent and forward_ad.unpack_dual(t).tangent is not None:
+            return True
+    return False
 
 
 def wanted(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a gradient, a tangent or a torch.func transform is about. While compiling, `_refusing` looks for the last two."""
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
-        return False
-    return any(t is not None and _has_derivative(t) for t in tensors)
+    return _carried(tensors)
 
 
 def refuse_derivatives(op: str, tensors: Iterable[Tensor | None], instead: str) -> None:
@@ -93,7 +99,7 @@ def _refusing(name: str) -> Callable[..., Any]:
 
     def kernel(*arguments: Any) -> Any:
         tensors = [t for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
-        if any(_has_derivative(t) for t in tensors):
+        if _carried(tensors):
             raise refusal(f"torch.ops.genfast.{name}", _DERIVATIVE, "none of these; call genfast.ops.solver_step outside torch.compile")
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.genfast, name).default(*arguments)
