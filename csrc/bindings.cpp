@@ -26,7 +26,10 @@ struct Kernel {
 const std::vector<Kernel>& catalogue() {
   static const std::vector<Kernel> kernels = {
       {"noise", "cpu", {"float32", "float64", "bfloat16", "float16"}, "any; faster with AVX2 and AVX-512", "docs/noise.md, version 1"},
-      {"solver_step", "cpu", {"float32", "float64", "bfloat16", "float16"}, "any; faster with AVX2 and AVX-512",
+      {"solver_step",
+       "cpu",
+       {"float32", "float64", "bfloat16", "float16"},
+       "any; faster with AVX2 and AVX-512",
        "model output float32, bfloat16 or float16; float64 state with float64 or float32 output"},
 #ifdef GENFAST_HAS_CUDA
       {"noise", "cuda", {"float32", "float64", "bfloat16", "float16"}, "sm_75", "docs/noise.md, version 1"},
@@ -79,18 +82,25 @@ PYBIND11_MODULE(_C, m) {
   m.attr("nvcc_version") = GENFAST_NVCC_VERSION;
   m.attr("compiler") = __VERSION__;
   m.attr("torch_target") = std::to_string(GENFAST_TORCH_TARGET >> 56) + "." + std::to_string((GENFAST_TORCH_TARGET >> 48) & 0xff);
-  m.def("kernels", [] {
-    py::list rows;
-    for (const Kernel& k : catalogue())
-      rows.append(py::dict(py::arg("op") = k.op, py::arg("backend") = k.backend, py::arg("dtypes") = k.dtypes,
-                           py::arg("minimum") = k.minimum, py::arg("notes") = k.notes));
-    return rows;
-  }, "The compiled kernels: a list of dictionaries with op, backend, dtypes, minimum and notes.");
+  m.def(
+      "kernels",
+      [] {
+        py::list rows;
+        for (const Kernel& k : catalogue())
+          rows.append(py::dict(py::arg("op") = k.op, py::arg("backend") = k.backend, py::arg("dtypes") = k.dtypes,
+                               py::arg("minimum") = k.minimum, py::arg("notes") = k.notes));
+        return rows;
+      },
+      "The compiled kernels: a list of dictionaries with op, backend, dtypes, minimum and notes.");
   const auto define_noise = [&m](const char* name, auto fill, const char* doc) {
-    m.def(name, [fill](std::int64_t seed, std::int64_t count, std::int64_t draw, std::int64_t stream, std::int64_t start) {
-      return generate(seed, count, draw, stream, start, fill);
-    }, py::arg("seed"), py::arg("count"), py::arg("draw") = 0, py::arg("stream") = 0, py::arg("start") = 0, doc);
+    m.def(
+        name,
+        [fill](std::int64_t seed, std::int64_t count, std::int64_t draw, std::int64_t stream, std::int64_t start) {
+          return generate(seed, count, draw, stream, start, fill);
+        },
+        py::arg("seed"), py::arg("count"), py::arg("draw") = 0, py::arg("stream") = 0, py::arg("start") = 0, doc);
   };
   define_noise("normal", four_normals, "float32 normals of elements start .. start + count - 1, shape (count,): docs/noise.md.");
-  define_noise("uniform", four_uniforms, "float32 uniforms in [0, 1) of elements start .. start + count - 1, shape (count,): docs/noise.md.");
+  define_noise("uniform", four_uniforms,
+               "float32 uniforms in [0, 1) of elements start .. start + count - 1, shape (count,): docs/noise.md.");
 }

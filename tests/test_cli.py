@@ -132,6 +132,7 @@ def test_what_is_passed_on_and_what_is_not(monkeypatch: pytest.MonkeyPatch, caps
 
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "run", run)
+        patch.setattr(cli, "__file__", str(Path(__file__).resolve().parent.parent / "genfast" / "cli.py"))  # also where a wheel is tested
         with pytest.raises(SystemExit, match="3"):
             cli.main(["bench", "--quick", "x"])
     assert commands == [["-m", "benchmarks.run", "--quick", "x"]]
