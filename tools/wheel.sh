@@ -28,6 +28,9 @@ rm -rf dist
 import pathlib, zipfile
 for wheel in pathlib.Path("dist").glob("*.whl"):
     print(f"{wheel.name}: {wheel.stat().st_size / 2**20:.1f} MiB")
+    names = zipfile.ZipFile(wheel).namelist()
+    if "genfast/libgenfast_cuda.so" not in names:
+        print("nvcc was not found: this wheel has CPU kernels only")
     for item in zipfile.ZipFile(wheel).infolist():
         if item.filename.endswith((".so", ".safetensors")):
             print(f"  {item.filename}: {item.file_size / 2**20:.2f} MiB")

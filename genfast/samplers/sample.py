@@ -189,6 +189,7 @@ class _Run:
         self.batch, self.generator, self.conditions = shape[0], generator, conditions
         self.guided = guided = [g != 1 for g in scales]
         self.namespace = _NAMESPACES[sampler.impl]
+        self.rescale, self.threshold = sampler.guidance_rescale != 0, sampler.threshold is not None
         input_dtype = den.input_dtype(sampler.dtype)
         # The state itself can be the network's input, unless it is scaled, cast or doubled.
         separate = any(guided) or input_dtype != sampler.dtype or any(den.c_in(row.point) != 1 for row in plan.rows)
@@ -228,7 +229,8 @@ class _Run:
 
     def _signature(self) -> list[object]:
         values = [(key, v) for cond in self.conditions for key, v in _parts(cond).items() if not isinstance(v, Tensor)]
-        return [len(self.ring), self.seeds is None, values, *((b.shape, b.stride(), b.dtype, b.device) for b in self._buffers())]
+        baked = [len(self.ring), self.seeds is None, self.rescale, self.threshold, values]
+        return [*baked, *((b.shape, b.stride(), b.dtype, b.device) for b in self._buffers())]
 
     def fits(self, other: _Run) -> bool:
         """Whether a step recorded here is also the other run's."""
@@ -250,7 +252,7 @@ class _Run:
         if init is None:
             state.mul_(self.plan.scale)
         else:
-            state.mul_(point.sigma).add_(init.to(state), alpha=point.alpha)
+            state.mul_(point.sigma).add_(init.to(state) * point.alpha)  # two roundings everywhere: add_(alpha=) may fuse them on a GPU
 
     def _draw(self, out: Tensor) -> None:
         assert self.generator is not None
@@ -272,8 +274,8 @@ class _Run:
             seeds=self.seeds,
             model_input=self.model_input,
             watch=self.watch,
-            rescale=guided and self.sampler.guidance_rescale != 0,
-            threshold=self.sampler.threshold is not None,
+            rescale=guided and self.rescale,
+            threshold=self.threshold,
         )
         self.counter += 1
 

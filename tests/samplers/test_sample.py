@@ -391,3 +391,5 @@ def test_one_recorded_step_serves_every_row_and_call(solver: str, noisy: str, mo
     assert torch.equal(shifts, torch.tensor([0.1, 0.2, 0.3]))
     four = {"seeds": range(4), "cond": {"shift": torch.zeros(4)}, "uncond": {"shift": torch.zeros(4)}}
     assert draw(den, (4, *SHAPE[1:]), **four).shape[0] == 4 and len(graphs) == 4
+    draw.threshold = 0.9  # decides the launches of a step, so what was recorded does not serve it
+    assert draw(den, (4, *SHAPE[1:]), **four).shape[0] == 4 and len(graphs) == 6
