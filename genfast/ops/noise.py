@@ -28,6 +28,8 @@ def _fill(
     check_dtype("dtype", dtype)
     if len(shape) < 1:
         raise refusal("shape", tuple(shape), "(B, *sample)")
+    if not isinstance(seeds, Tensor):
+        raise refusal("seeds", f"a {type(seeds).__name__}", "an int64 tensor, one seed per sample")
     check_seeds(seeds, shape[0], seeds.device)
     if device is not None:
         seeds = seeds.to(device)

@@ -40,6 +40,7 @@ NORMAL = OpSpec(
         BadInput("a negative stream", _with(stream=-1), "stream: got -1, supported: an integer in [0, 2^32)"),
         BadInput("an integer dtype", _with(dtype=torch.int32), "dtype: got torch.int32, supported: torch.float32"),
         BadInput("too few seeds", _with(seeds=torch.arange(2)), "seeds: got torch.int64 (2,) on cpu, supported: torch.int64 (3,) on cpu"),
+        BadInput("a list of seeds", _with(seeds=[1, 2, 3]), "seeds: got a list, supported: an int64 tensor, one seed per sample"),
         BadInput("float seeds", _with(seeds=torch.zeros(3)), "seeds: got torch.float32 (3,) on cpu"),
         BadInput("a negative seed", _with(seeds=torch.tensor([1, -5, 2])), "seeds: got -5, supported: integers in [0, 2^63)"),
         BadInput("no batch", _with(shape=()), "shape: got (), supported: (B, *sample)"),
