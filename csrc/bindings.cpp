@@ -33,7 +33,11 @@ const std::vector<Kernel>& catalogue() {
        "model output float32, bfloat16 or float16; float64 state with float64 or float32 output"},
 #ifdef GENFAST_HAS_CUDA
       {"noise", "cuda", {"float32", "float64", "bfloat16", "float16"}, "sm_75", "docs/noise.md, version 1"},
-      {"solver_step", "cuda", {"float32", "bfloat16", "float16"}, "sm_75", "model output float32, bfloat16 or float16"},
+      {"solver_step",
+       "cuda",
+       {"float32", "float64", "bfloat16", "float16"},
+       "sm_75",
+       "model output float32, bfloat16 or float16; float64 state with float64 or float32 output"},
 #endif
   };
   return kernels;
