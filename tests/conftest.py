@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from genfast import info
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -12,3 +16,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(no_gpu)
+
+
+@pytest.fixture(params=info.ISA_NAMES)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set this machine has."""
+    before = info.cpu_isa()
+    if info.cpu_isa(request.param) != request.param:
+        info.cpu_isa(before)
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    info.cpu_isa(before)

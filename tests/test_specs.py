@@ -54,6 +54,13 @@ def test_forward(spec: OpSpec, case: Case, dtype: torch.dtype, layout: str) -> N
             assert_accurate(case.name, got, plain, exact)
 
 
+@pytest.mark.parametrize("dtype", SPECS["normal"].dtypes, ids=str)
+@pytest.mark.parametrize(("spec", "case"), FORWARD)
+def test_every_instruction_set_gives_the_same_bits(spec: OpSpec, case: Case, dtype: torch.dtype, isa: str) -> None:
+    arguments = case.make(dtype)
+    assert_same(f"{case.name} with {isa}", spec.call(ops, arguments), spec.call(reference, arguments))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("spec", "case"), [pytest.param(s, c, id=f"{s.name}-{c.name}") for s in SPECS.values() for c in s.benchmarks])
 def test_forward_of_what_is_timed(spec: OpSpec, case: Case) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import numpy_noise
@@ -12,7 +12,7 @@ import torch
 from scipy import special
 from torch import Tensor
 
-from genfast import info, ops, reference
+from genfast import ops, reference
 from genfast.reference.noise import philox
 from genfast.testing.oracle import same_bits
 
@@ -35,17 +35,6 @@ def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, ...], ex
     words = philox(tuple(torch.tensor([c]) for c in counter), tuple(torch.tensor([k]) for k in key))
     assert tuple(int(w) for w in words) == expected
     assert tuple(int(w) for w in numpy_noise.philox(counter, key)) == expected
-
-
-@pytest.fixture(params=info.ISA_NAMES)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set this machine has."""
-    before = info.cpu_isa()
-    if info.cpu_isa(request.param) != request.param:
-        info.cpu_isa(before)
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    info.cpu_isa(before)
 
 
 def from_numpy(rows: Callable[[int, int, int, int], np.ndarray], draw: int, stream: int) -> Tensor:

@@ -353,3 +353,24 @@ def test_batched_cotangents_are_refused(inputs: list[Tensor]) -> None:
     out = guided(leaf, *inputs[1:])
     with pytest.raises(RuntimeError, match="Batching rule not implemented"):
         torch.autograd.grad(out, leaf, torch.stack([out, out]), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("q", [0.01, 0.37, 0.5, 0.77, 0.995, 1.0])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 100, 20_000])
+@pytest.mark.parametrize("values", ["normal", "equal", "hidden"])
+def test_the_threshold_is_exact_for_any_values(values: str, n: int, q: float, isa: str) -> None:
+    """The kernel guesses a bound from every so many-th element; "hidden" makes all of those tiny, so that the guess is wrong."""
+    generator = torch.Generator().manual_seed(n)
+    d = 3 * torch.randn(2, n, generator=generator)
+    if values == "equal":
+        d = torch.full_like(d, 1.75)
+    if values == "hidden":
+        d[:, :: max(1, n // 2048)] *= 1e-3
+    coef, index = ops.pack_row(convert=(0.0, 1.0), outputs={0: {"d": 1.0}}, quantile=q, max_threshold=10.0)
+    got, expected = torch.empty(1, 2, n), torch.empty(1, 2, n)
+    tables = torch.tensor([coef]), torch.tensor([index]), torch.zeros(1, dtype=torch.int64)
+    ops.solver_step_(got, d, *tables, threshold=True)
+    reference.solver_step_(expected, d, *tables, threshold=True)
+    assert torch.equal(got, expected)
+    bound = d.double().abs().quantile(float(torch.tensor(q)), dim=1, keepdim=True).clamp(1, 10)
+    torch.testing.assert_close(got[0].double(), d.double().clamp(-bound, bound) / bound, rtol=1e-5, atol=1e-6)
