@@ -1,0 +1,60 @@
+"""First-order solvers, deterministic and ancestral."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from genfast.schedules import Grid
+
+from .plan import Row
+from .rows import Churn, Rows, choice, posterior_std
+
+
+def ddim(g: Grid, *, eta: float = 0.0, s_noise: float = 1.0) -> Rows:
+    """DDIM (Song et al. 2021a, equations 12 and 16): eta = 0 is the ODE, eta = 1 ancestral sampling."""
+    for i in range(g.steps):
+        p, q = g.point(i), g.point(i + 1)
+        std = min(eta * posterior_std(p, q), q.sigma)
+        kept = math.sqrt(q.sigma**2 - std**2)  # the coefficient of the predicted noise (x - alpha d) / sigma
+        yield Row(p, {0: {"x": kept / p.sigma, "d": q.alpha - p.alpha * kept / p.sigma, "noise": s_noise * std}})
+
+
+def ddpm(g: Grid, *, variance: Literal["small", "large"] = "small") -> Rows:
+    """DDPM ancestral sampling (Ho et al. 2020, equations 6 and 7); "large" takes beta, of section 3.2, for the variance."""
+    choice("variance", variance, ("small", "large"))
+    for i in range(g.steps):
+        p, q = g.point(i), g.point(i + 1)
+        std = posterior_std(p, q)
+        kept = math.sqrt(max(q.sigma**2 - std**2, 0.0))
+        if variance == "large" and q.sigma > 0:  # the last step draws no noise
+            std = math.sqrt(max(p.sigma**2 - (p.alpha / q.alpha * q.sigma) ** 2, 0.0))
+        yield Row(p, {0: {"x": kept / p.sigma, "d": q.alpha - p.alpha * kept / p.sigma, "noise": std}})
+
+
+def euler_ancestral(g: Grid, *, eta: float = 1.0, s_noise: float = 1.0) -> Rows:
+    """Ancestral Euler (k-diffusion): an Euler step to sigma_down, then noise of sigma_up. The same update as DDIM's with eta."""
+    yield from ddim(g, eta=eta, s_noise=s_noise)
+
+
+def consistency(g: Grid) -> Rows:
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1), as of latent consistency models (Luo et al. 2023): d, noised anew."""
+    for i in range(g.steps):
+        q = g.point(i + 1)
+        yield Row(g.point(i), {0: {"d": q.alpha, "noise": q.sigma}})
+
+
+def euler(g: Grid, *, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0) -> Rows:
+    """Euler's method on dy/dr = (y - d) / r with y = x / alpha, with churn (Karras et al. 2022, algorithm 2 without its correction)."""
+    churn = Churn(g, s_churn, s_tmin, s_tmax, s_noise)
+    for i in range(g.steps):
+        p, q = churn.points[i], g.point(i + 1)
+        yield Row(p, {0: churn.arrive(i + 1, {"x": q.sigma / p.sigma, "d": q.alpha - p.alpha * q.sigma / p.sigma})})
+
+
+def flow_euler(g: Grid) -> Rows:
+    """Euler's method on dx/dt = v, v = n - x_0 (Liu et al. 2023), for any process in its coordinates x / (alpha + sigma).
+
+    One first-order step is the same in every such coordinate: this is `euler` without churn.
+    """
+    yield from ddim(g)

@@ -1,0 +1,54 @@
+"""What the solvers share. The notation is that of the package's docstring."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+from genfast.schedules import Grid, Point
+
+from .plan import Row, Term
+
+Rows = Iterator[Row]
+Solver = Callable[..., Rows]
+
+
+def decay(p: Point, q: Point) -> float:
+    """r' / r = exp(-h), 0 from alpha = 0 or to sigma = 0."""
+    return p.alpha * q.sigma / (q.alpha * p.sigma)
+
+
+def posterior_std(p: Point, q: Point) -> float:
+    """Standard deviation of q(x' | x, x_0), the "small" variance of Ho et al. 2020, equation 7, for any alpha and sigma."""
+    return q.sigma * math.sqrt(max(1 - decay(p, q) ** 2, 0.0))
+
+
+def choice(name: str, got: object, supported: tuple[object, ...]) -> None:
+    if got not in supported:
+        raise ValueError(f"{name}: got {got!r}, supported: {', '.join(map(repr, supported))}")
+
+
+def usable(g: Grid, i: int) -> int:
+    """How many evaluations a multistep method can use at step i: this one and the earlier ones at a finite lambda."""
+    return i + 1 - int(i > 0 and g.alpha[0] == 0)
+
+
+class Churn:
+    """The noise increase of Karras et al. 2022, algorithm 2, lines 4 to 6, folded into the row that arrives at the point.
+
+    ``points[i]`` is where the network is evaluated at step i; ``arrive`` turns the terms of a state at grid point i into those of the
+    churned state. The first increase is part of the initial noise (without s_noise).
+    """
+
+    def __init__(self, g: Grid, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> None:
+        gamma = min(s_churn / g.steps, math.sqrt(2) - 1)
+        churned = [gamma > 0 and s_tmin <= r <= s_tmax and 0 < r < math.inf for r in g.ratio[:-1]]
+        self.points = [g.at((1 + gamma) * float(g.ratio[i])) if churned[i] else g.point(i) for i in range(g.steps)] + [g.point(g.steps)]
+        self.grid, self.s_noise = g, s_noise
+
+    def arrive(self, i: int, terms: dict[Term, float]) -> dict[Term, float]:
+        at, to = self.grid.point(i), self.points[i]
+        if to == at:
+            return terms
+        added = math.sqrt((to.sigma / to.alpha) ** 2 - (at.sigma / at.alpha) ** 2)
+        return {**{key: c * to.alpha / at.alpha for key, c in terms.items()}, "noise": to.alpha * added * self.s_noise}
