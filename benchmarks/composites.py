@@ -15,7 +15,7 @@ def expression(coef: Tensor, index: Tensor, guided: bool) -> tuple[tuple[Any, ..
     """One row as a plain torch function of tensors and 0-dim coefficients, written for the compiler: only present terms, no branches.
 
     Returns (structure, function); rows of equal structure share one compiled function. ``coef`` (40,), ``index`` (12,) as
-    docs/solver-step.md lays them out. The function takes (x, cond, uncond, scalars (40 0-dim tensors), history list, noise or None).
+    docs/solver-step.md lays them out. The function takes (x, cond, uncond, coefficients (40,), history list, noise or None).
     """
     c, i = coef.tolist(), index.tolist()
     outputs, history = i[1], i[2]
@@ -23,7 +23,7 @@ def expression(coef: Tensor, index: Tensor, guided: bool) -> tuple[tuple[Any, ..
     has_ax, has_am, threshold = c[0] != 0, c[1] != 0, c[6] != 0
     structure = (outputs, history, terms, has_ax, has_am, guided, threshold)
 
-    def step(x: Tensor, cond: Tensor, uncond: Tensor | None, s: list[Tensor], h: list[Tensor], noise: Tensor | None) -> list[Tensor]:
+    def step(x: Tensor, cond: Tensor, uncond: Tensor | None, s: Tensor, h: list[Tensor], noise: Tensor | None) -> list[Tensor]:
         m = uncond + s[2] * (cond - uncond) if uncond is not None else cond
         parts = ([s[0] * x] if has_ax else []) + ([s[1] * m] if has_am else [])
         d = parts[0] + parts[1] if len(parts) == 2 else parts[0]
@@ -42,22 +42,24 @@ class CompiledRun:
     """A whole run of rows through torch.compile'd expressions, history rotated by Python as a hand-written loop does."""
 
     def __init__(self, coef: Tensor, index: Tensor, slots: int, guided: bool, mode: str | None) -> None:
-        self.slots = slots
-        self.rows: list[tuple[Step, list[Tensor], list[int], list[int], bool]] = []
+        self.slots, self.graphs = slots, mode == "reduce-overhead"
+        self.rows: list[tuple[Step, Tensor, list[int], list[int], bool]] = []
         compiled: dict[tuple[Any, ...], Step] = {}
         for row in range(len(coef)):
             structure, step = expression(coef[row], index[row], guided)
             if structure not in compiled:
                 compiled[structure] = torch.compile(step, fullgraph=True, dynamic=False, mode=mode)
             i = index[row].tolist()
-            self.rows.append((compiled[structure], list(coef[row].unbind(0)), i[3 : 3 + i[2]], i[9 : 9 + i[1]], 9 in structure[2][0]))
+            self.rows.append((compiled[structure], coef[row].clone(), i[3 : 3 + i[2]], i[9 : 9 + i[1]], 9 in structure[2][0]))
 
     def __call__(self, x: Tensor, cond: Tensor, uncond: Tensor | None) -> Tensor:
         state: list[Tensor] = [x] * self.slots
-        for step, scalars, reads, writes, draws in self.rows:
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # what a row returns is read by the next: one generation of graph memory a run
+        for step, coefficients, reads, writes, draws in self.rows:
             # Drawn outside: torch's own generator fills a tensor far faster than the compiler's code does.
             noise = torch.randn_like(x) if draws else None
-            for slot, value in zip(writes, step(state[0], cond, uncond, scalars, [state[j] for j in reads], noise), strict=True):
+            for slot, value in zip(writes, step(state[0], cond, uncond, coefficients, [state[j] for j in reads], noise), strict=True):
                 state[slot] = value
         return state[0]
 

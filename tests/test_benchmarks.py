@@ -48,7 +48,7 @@ def test_the_timed_variants_compute_the_same(case: object) -> None:
     for coef, index in zip(fused.program.coef, fused.program.index, strict=True):
         _, step = expression(coef, index, guided=True)
         i = index.tolist()
-        written = step(state[0], cond, uncond, list(coef), [state[j] for j in i[3 : 3 + i[2]]], None)
+        written = step(state[0], cond, uncond, coef, [state[j] for j in i[3 : 3 + i[2]]], None)
         for slot, value in zip(i[9 : 9 + i[1]], written, strict=True):
             state[slot] = value
     assert torch.allclose(ours, state[0], rtol=1e-10, atol=1e-10)
