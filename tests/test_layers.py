@@ -18,6 +18,7 @@ ALLOWED = {
     "nn": {"ops", "reference"},
     "models": {"nn", "ops", "reference"},
     "samplers": {"ops", "reference", "schedules"},
+    "compat": {"ops", "reference", "samplers", "schedules"},
     "data": set(),
     "train": {"data", "models", "nn", "ops", "reference", "samplers", "schedules"},
     "testing": {"ops", "reference", "_library"},
