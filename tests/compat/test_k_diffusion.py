@@ -234,7 +234,7 @@ def cases():
         yield name, {}
     for name in CHURN:
         yield name, CHURNING
-        yield name, {"s_churn": inf}
+        yield name, {"s_churn": inf, "s_noise": 1.05}
     for name in ANCESTRAL + SDE:
         for options in ({"eta": 0.5, "s_noise": 1.1}, {"eta": 0.0}):
             yield name, options
@@ -326,6 +326,22 @@ def test_default_noise_is_torchs_global_generator(name):
     for _ in range(5 if name in CHURN else 4 if name in ANCESTRAL else 0):
         torch.randn(x.shape, generator=drawn)
     assert torch.equal(state, drawn.get_state())
+
+
+@pytest.mark.parametrize("name", CHURN)
+def test_churn_limits_count_in_the_dtype_of_sigmas(name):
+    """float32's 0.1 is above 0.1, and still within s_tmax = 0.1, as torch compares them."""
+    steps = []
+    getattr(K, f"sample_{name}")(model, start(), torch.tensor([2.0, 0.1, 0.0]), None, steps.append, True, 1.0, s_tmax=0.1)
+    assert [float(step["sigma_hat"] / step["sigma"]) for step in steps] == pytest.approx([1.0, sqrt(2)])
+
+
+@pytest.mark.parametrize("name", ANCESTRAL + SDE)
+def test_noise_of_another_dtype_or_for_all_samples_at_once(name):
+    x, sigmas, sampler = start(), sigmas_of(5), getattr(K, f"sample_{name}")
+    noise = start((3, 8, 8), torch.float64, 1.0)
+    got = sampler(model, x, sigmas, disable=True, noise_sampler=lambda s, t: noise)
+    assert torch.equal(got, sampler(model, x, sigmas, disable=True, noise_sampler=lambda s, t: noise.float().repeat(2, 1, 1, 1)))
 
 
 @pytest.mark.parametrize("name", NAMES)

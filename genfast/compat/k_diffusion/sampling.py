@@ -537,7 +537,7 @@ def sample_dpmpp_2m_sde(
     grid = _grid(x, sigmas)
     noise_sampler = _brownian(x, sigmas) if noise_sampler is None else noise_sampler
     draws = [(bool(eta and to > 0),) for to in grid.sigma[1:]]
-    options = {"eta": eta, "s_noise": s_noise, "variant": solver_type}
+    options: dict[str, Any] = {"eta": eta, "s_noise": s_noise, "variant": solver_type}
     return _sample_plan(model, x, sigmas, extra_args, callback, disable, "dpmpp_2m_sde", grid, draws, noise_sampler, **options)
 
 
