@@ -7,10 +7,10 @@ from typing import Literal
 
 import numpy as np
 
-from genfast.schedules import Grid
+from genfast.schedules import Array, Grid
 
 from .plan import Row, Term
-from .rows import Rows, choice, decay, usable
+from .rows import Rows, ancestral, choice, combine, decay, ode_step, usable
 
 
 def _dpmpp(g: Grid, order: int, variant: str, eta: float, s_noise: float, lower_order_final: bool, exact: bool = False) -> Rows:
@@ -127,3 +127,104 @@ def unipc(
         more = i + 1 < g.steps
         save: dict[int, dict[Term, float]] = {2 + i % order: {"d": 1.0}} if more else {}
         yield Row(p, {0: out, **({1: state} if more and corrector else {}), **save})
+
+
+def res_multistep(g: Grid, *, eta: float = 0.0, s_noise: float = 1.0) -> Rows:
+    """RES, second order, multistep (Zhang et al. 2023, as in ComfyUI): d along the line through two evaluations, integrated in lambda.
+
+    ``eta`` > 0 is the ancestral form: the ODE to sigma_down, then noise. With eta = 0 it equals `dpmpp_2m` of variant "heun".
+    """
+    reached = math.nan  # lambda where the last ODE step ended
+    for i in range(g.steps):
+        p, q = g.point(i), g.point(i + 1)
+        down, up = ancestral(float(g.ratio[i]), float(g.ratio[i + 1]), eta)
+        e = p.alpha * down / p.sigma
+        out: dict[Term, float] = {"x": q.alpha * down / p.sigma, "d": q.alpha * (1 - e), "noise": q.alpha * up * s_noise}
+        if usable(g, i) > 1 and down > 0:
+            second = q.alpha * (1 + (1 - e) / math.log(e)) * -math.log(e) / (reached - float(g.log_snr[i - 1]))
+            out |= {"d": out["d"] + second, 1: -second}
+        reached = -math.log(down) if down > 0 else math.inf
+        yield Row(p, {0: out, **({1: {"d": 1.0}} if i + 1 < g.steps else {})})
+
+
+def er_sde(g: Grid, *, order: int = 3, s_noise: float = 1.0) -> Rows:
+    """ER-SDE-Solver (Cui et al. 2023), of ``order`` 1 to 3, with the noise scale r (exp(r^0.3) + 10) it proposes.
+
+    Its integrals are the published sums over 200 points.
+    """
+    choice("order", order, (1, 2, 3))
+
+    def scale(r: Array | float) -> Array:
+        return np.asarray(r * (np.exp(np.power(r, 0.3)) + 10))
+
+    for i in range(g.steps):
+        p, q = g.point(i), g.point(i + 1)
+        save: dict[int, dict[Term, float]] = {1 + i % 2: {"d": 1.0}} if order > 1 and i + 1 < g.steps else {}
+        if q.sigma == 0 or p.alpha == 0:
+            yield Row(p, {0: {"d": q.alpha, "noise": q.sigma * s_noise}, **save})
+            continue
+        r, r_next = float(g.ratio[i]), float(g.ratio[i + 1])
+        kept = float(scale(r_next) / scale(r))
+        std = s_noise * math.sqrt(max(r_next**2 - (r * kept) ** 2, 0.0))
+        out: dict[Term, float] = {"x": q.alpha / p.alpha * kept, "d": q.alpha * (1 - kept), "noise": q.alpha * std}
+        n = min(order, usable(g, i))
+        levels = r_next + np.arange(200) / 200 * (r - r_next)
+        inverse = scale(r_next) / scale(levels) * (r - r_next) / 200
+        if n > 1:
+            r1 = float(g.ratio[i - 1])
+            first = q.alpha * float(r_next - r + inverse.sum()) / (r - r1)  # of d - last
+            out |= {"d": out["d"] + first, 1 + (i - 1) % 2: -first}
+        if n > 2:
+            r2 = float(g.ratio[i - 2])
+            second = q.alpha * float((r_next - r) ** 2 / 2 + np.sum((levels - r) * inverse)) / ((r - r2) / 2)
+            near, far = second / (r - r1), second / (r1 - r2)  # of (d - last) / (r - r1) - (last - older) / (r1 - r2)
+            out |= {"d": out["d"] + near, 1 + (i - 1) % 2: -first - near - far}
+            out[1 + i % 2] = far  # read before this row's d overwrites it
+        yield Row(p, {0: out, **save})
+
+
+def _sa_weights(g: Grid, i: int, nodes: list[int], tau: float) -> dict[int, float]:
+    """Weights of d_j, by j, in x_{i+1}: alpha' times the integral of the polynomial through the nodes.
+
+    It is taken in lambda, under (1 + tau^2) exp(-(1 + tau^2) (lambda' - lambda)).
+    """
+    h, kind = g.log_snr[i + 1] - g.log_snr[i], 1 + tau**2
+    points, gauss = np.polynomial.legendre.leggauss(32)
+    u = (points + 1) / 2
+    density = gauss / 2 * h * kind * np.exp(-kind * h * (1 - u))
+    at = np.array([(g.log_snr[j] - g.log_snr[i]) / h for j in nodes])
+    moments = [np.sum(density * u**k) for k in range(len(nodes))]
+    weights = float(g.alpha[i + 1]) * np.linalg.solve(np.vander(at, increasing=True).T, moments)
+    return {j: float(w) for j, w in zip(nodes, weights, strict=True)}
+
+
+def sa_solver(g: Grid, *, predictor_order: int = 2, corrector_order: int = 2, tau: float = 1.0, s_noise: float = 1.0) -> Rows:
+    """SA-Solver, a stochastic Adams predictor and corrector (Xue et al. 2023, algorithm 1, data prediction, constant tau).
+
+    Its weights are integrated exactly. The orders are the numbers of evaluations a predictor and a corrector use beside the newest;
+    ``corrector_order`` 0 leaves the corrector out. Predictor and corrector of a step share their noise. Slot 1 holds all of the
+    corrected state but the evaluation still to come. A step to sigma 0 returns the prediction there.
+    """
+    choice("predictor_order", predictor_order, (1, 2, 3))
+    choice("corrector_order", corrector_order, (0, 1, 2, 3))
+    kept = max(predictor_order, corrector_order)
+    pending = 0.0  # the newest evaluation's weight in the corrected state; 0: there is nothing to correct
+    for i in range(g.steps):
+        p, q = g.point(i), g.point(i + 1)
+        state: dict[Term, float] = {1: 1.0, "d": pending} if pending else {"x": 1.0}
+        pending = 0.0
+        save: dict[int, dict[Term, float]] = {2 + i % kept: {"d": 1.0}} if i + 1 < g.steps else {}
+        key: dict[int, Term] = {i: "d", **{j: 2 + j % kept for j in range(max(i - kept + 1, 0), i)}}
+        if q.sigma == 0 or p.alpha == 0:
+            yield Row(p, {0: {"d": q.alpha, "noise": q.sigma * s_noise} if tau else ode_step(p, q), **save})
+            continue
+        decayed = decay(p, q) ** (tau**2)
+        drift = combine((q.sigma / p.sigma * decayed, state), (s_noise * q.sigma * math.sqrt(1 - decayed**2), {"noise": 1.0}))
+        used = [i - k for k in range(min(predictor_order, usable(g, i)))]
+        predicted = combine((1.0, drift), *((w, {key[j]: 1.0}) for j, w in _sa_weights(g, i, used, tau).items()))
+        if corrector_order and i + 1 < g.steps:
+            used = [i - k for k in range(min(corrector_order, usable(g, i)))]
+            weights = _sa_weights(g, i, [*used, i + 1], tau)
+            pending = weights.pop(i + 1)
+            save[1] = combine((1.0, drift), *((w, {key[j]: 1.0}) for j, w in weights.items()))
+        yield Row(p, {0: predicted, **save})

@@ -8,7 +8,7 @@ from typing import Literal
 from genfast.schedules import Grid
 
 from .plan import Row
-from .rows import Churn, Rows, choice, posterior_std
+from .rows import Churn, Rows, choice, ode_step, posterior_std
 
 
 def ddim(g: Grid, *, eta: float = 0.0, s_noise: float = 1.0) -> Rows:
@@ -44,12 +44,38 @@ def consistency(g: Grid) -> Rows:
         yield Row(g.point(i), {0: {"d": q.alpha, "noise": q.sigma}})
 
 
+def lcm(g: Grid) -> Rows:
+    """Latent consistency models' sampler (Luo et al. 2023): the name others know `consistency` by."""
+    yield from consistency(g)
+
+
+def tcd(g: Grid, *, eta: float = 0.3) -> Rows:
+    """Strategic stochastic sampling of trajectory consistency models (Zheng et al. 2024); ``eta`` is the paper's gamma.
+
+    The consistency function leads to the time (1 - gamma) t', down to a whole one where times are indices, and noise from there to t'.
+    The last step leads to its end and draws nothing.
+    """
+    for i in range(g.steps):
+        p, q = g.point(i), g.point(i + 1)
+        if i + 1 == g.steps:
+            yield Row(p, {0: ode_step(p, q)})
+            continue
+        s_alpha, s_sigma = q.alpha, q.sigma
+        if eta > 0:
+            time = math.floor((1 - eta) * q.time) if g.noise.kind == "vp" else (1 - eta) * q.time
+            s_alpha, s_sigma = (float(v) for v in g.noise.alpha_sigma(time))
+        keep = q.alpha / s_alpha
+        kept = keep * s_sigma / p.sigma
+        std = math.sqrt(max(q.sigma**2 - (keep * s_sigma) ** 2, 0.0))
+        yield Row(p, {0: {"x": kept, "d": q.alpha - p.alpha * kept, "noise": std}})
+
+
 def euler(g: Grid, *, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0) -> Rows:
     """Euler's method on dy/dr = (y - d) / r with y = x / alpha, with churn (Karras et al. 2022, algorithm 2 without its correction)."""
     churn = Churn(g, s_churn, s_tmin, s_tmax, s_noise)
     for i in range(g.steps):
         p, q = churn.points[i], g.point(i + 1)
-        yield Row(p, {0: churn.arrive(i + 1, {"x": q.sigma / p.sigma, "d": q.alpha - p.alpha * q.sigma / p.sigma})})
+        yield Row(p, {0: churn.arrive(i + 1, ode_step(p, q))})
 
 
 def flow_euler(g: Grid) -> Rows:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from genfast.schedules import Grid, Point
 
-from .plan import Row, Term
+from .plan import Row, Term, Terms
 
 Rows = Iterator[Row]
 Solver = Callable[..., Rows]
@@ -21,6 +21,37 @@ def decay(p: Point, q: Point) -> float:
 def posterior_std(p: Point, q: Point) -> float:
     """Standard deviation of q(x' | x, x_0), the "small" variance of Ho et al. 2020, equation 7, for any alpha and sigma."""
     return q.sigma * math.sqrt(max(1 - decay(p, q) ** 2, 0.0))
+
+
+def combine(*parts: tuple[float, Terms]) -> dict[Term, float]:
+    """The weighted sum of linear combinations."""
+    total: dict[Term, float] = {}
+    for weight, terms in parts:
+        for key, c in terms.items():
+            total[key] = total.get(key, 0.0) + weight * c
+    return total
+
+
+def ode_step(p: Point, q: Point) -> dict[Term, float]:
+    """Euler's step from p to q; also from alpha = 0 and to sigma = 0."""
+    return {"x": q.sigma / p.sigma, "d": q.alpha - p.alpha * q.sigma / p.sigma}
+
+
+def slope(p: Point) -> dict[Term, float]:
+    """The slope (y - d) / r of the ODE in y = x / alpha, which is the predicted noise."""
+    return {"x": 1 / p.sigma, "d": -p.alpha / p.sigma}
+
+
+def ancestral(r: float, r_next: float, eta: float) -> tuple[float, float]:
+    """k-diffusion's sigma_down and sigma_up: the ODE is followed to the one, noise of the other leads to r'."""
+    up = min(r_next, eta * r_next * math.sqrt(max(1 - (r_next / r) ** 2, 0.0)))
+    return math.sqrt(r_next**2 - up**2), up
+
+
+def raise_noise(at: Point, to: Point, terms: Terms, s_noise: float) -> dict[Term, float]:
+    """The terms of a state at ``at``, noised further to ``to``."""
+    added = math.sqrt((to.sigma / to.alpha) ** 2 - (at.sigma / at.alpha) ** 2)
+    return {**{key: c * to.alpha / at.alpha for key, c in terms.items()}, "noise": to.alpha * added * s_noise}
 
 
 def choice(name: str, got: object, supported: tuple[object, ...]) -> None:
@@ -48,7 +79,4 @@ class Churn:
 
     def arrive(self, i: int, terms: dict[Term, float]) -> dict[Term, float]:
         at, to = self.grid.point(i), self.points[i]
-        if to == at:
-            return terms
-        added = math.sqrt((to.sigma / to.alpha) ** 2 - (at.sigma / at.alpha) ** 2)
-        return {**{key: c * to.alpha / at.alpha for key, c in terms.items()}, "noise": to.alpha * added * self.s_noise}
+        return terms if to == at else raise_noise(at, to, terms, self.s_noise)

@@ -13,12 +13,24 @@ from typing import Any
 
 from genfast.schedules import Grid, unknown_name
 
-from .adams import lms
-from .exponential import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, unipc
-from .first_order import consistency, ddim, ddpm, euler, euler_ancestral, flow_euler
+from .adams import deis, dpm_solver, gradient_estimation, ipndm, lms, pndm
+from .exponential import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, er_sde, res_multistep, sa_solver, unipc
+from .first_order import consistency, ddim, ddpm, euler, euler_ancestral, flow_euler, lcm, tcd
 from .plan import Plan, assemble
 from .rows import Rows, Solver
-from .singlestep import flow_heun, heun
+from .singlestep import (
+    dpm2,
+    dpm2_ancestral,
+    dpmpp_2s_ancestral,
+    dpmpp_sde,
+    dpmpp_singlestep,
+    flow_heun,
+    heun,
+    heunpp2,
+    restart,
+    seeds_2,
+    seeds_3,
+)
 
 __all__ = ["SOLVERS", "Rows", "Solver", "find_solver", "make_plan"]
 
@@ -30,11 +42,30 @@ SOLVERS: dict[str, Solver] = {
         euler,
         euler_ancestral,
         consistency,
+        lcm,
+        tcd,
         heun,
+        heunpp2,
+        restart,
+        dpm2,
+        dpm2_ancestral,
+        dpmpp_2s_ancestral,
+        dpmpp_sde,
+        dpmpp_singlestep,
+        seeds_2,
+        seeds_3,
         lms,
+        deis,
+        dpm_solver,
+        pndm,
+        ipndm,
+        gradient_estimation,
         dpmpp_2m,
         dpmpp_2m_sde,
         dpmpp_3m_sde,
+        res_multistep,
+        er_sde,
+        sa_solver,
         unipc,
         flow_euler,
         flow_heun,

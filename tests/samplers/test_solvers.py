@@ -33,6 +33,30 @@ DETERMINISTIC = [
     ("dpmpp_3m_sde", {"eta": 0.0, "exact": True}, 3),
     *[("unipc", {"order": k, "variant": v, "corrector": False, "lower_order_final": False}, k) for k in (1, 2, 3) for v in ("bh1", "bh2")],
     *[("unipc", {"order": k, "variant": v, "lower_order_final": False}, k + 1) for k in (1, 2, 3) for v in ("bh1", "bh2")],
+    ("tcd", {"eta": 0.0}, 1),
+    ("dpm2", {}, 2),
+    ("dpm2_ancestral", {"eta": 0.0}, 2),
+    ("dpmpp_2s_ancestral", {"eta": 0.0}, 2),
+    ("dpmpp_sde", {"eta": 0.0}, 2),
+    ("dpmpp_singlestep", {"order": 1}, 1),
+    *[("dpmpp_singlestep", {"order": k, "variant": v, "lower_order_final": False}, k) for k in (2, 3) for v in ("midpoint", "heun")],
+    ("heunpp2", {}, 1),
+    ("restart", {"intervals": ()}, 2),
+    ("seeds_2", {"eta": 0.0}, 2),
+    ("seeds_3", {"eta": 0.0}, 3),
+    *[("deis", {"order": k, "lower_order_final": False}, k) for k in (1, 2, 3)],
+    ("dpm_solver", {"order": 1}, 1),
+    ("dpm_solver", {}, 2),
+    ("dpm_solver", {"variant": "heun"}, 2),
+    ("dpm_solver", {"order": 3, "exact": True}, 3),
+    ("ipndm", {"order": 1}, 1),
+    *[("ipndm", {"order": k}, 2) for k in (2, 3, 4)],
+    ("pndm", {}, 2),
+    ("pndm", {"prk": True}, 2),
+    ("gradient_estimation", {}, 1),
+    ("res_multistep", {}, 2),
+    *[("sa_solver", {"predictor_order": k, "corrector_order": 0, "tau": 0.0}, k) for k in (1, 2, 3)],
+    *[("sa_solver", {"predictor_order": k, "corrector_order": k, "tau": 0.0}, k + 1) for k in (1, 2, 3)],
 ]
 
 
@@ -41,7 +65,7 @@ DETERMINISTIC = [
 def test_order_of_convergence(solver: str, options: dict, order: int, kind: str) -> None:
     """Halving the steps divides the error by 2^order. The grid starts with tiny steps: a multistep method's first ones are of low order."""
     errors = []
-    for n in (80, 160):
+    for n in (81, 162):
         log_snr = -np.log(12.0) + (np.log(12.0) - np.log(0.05)) * np.linspace(0, 1, n + 1) ** 2
         grid = through_ratios(PROCESSES[kind], np.exp(-log_snr))
         x = np.array([-1.3, 0.2, 2.1]) * grid.sigma[0]
@@ -64,6 +88,28 @@ STOCHASTIC = [
     ("dpmpp_2m_sde", {"eta": 0.5, "variant": "heun"}),
     ("dpmpp_3m_sde", {}),
     ("dpmpp_3m_sde", {"eta": 0.3}),
+    ("lcm", {}),
+    ("tcd", {}),
+    ("tcd", {"eta": 0.8}),
+    ("dpm2", {"s_churn": 3.0}),
+    ("dpm2_ancestral", {}),
+    ("dpm2_ancestral", {"eta": 0.6}),
+    ("dpmpp_2s_ancestral", {}),
+    ("dpmpp_sde", {}),
+    ("dpmpp_sde", {"eta": 0.5}),
+    ("restart", {"intervals": ((0.5, 3.0, 4, 2), (1.0, 4.0, 3, 2))}),
+    ("seeds_2", {}),
+    ("seeds_2", {"eta": 0.4}),
+    ("seeds_3", {}),
+    ("seeds_3", {"eta": 0.4}),
+    ("res_multistep", {"eta": 1.0}),
+    ("er_sde", {}),
+    ("er_sde", {"order": 1}),
+    ("er_sde", {"order": 2}),
+    ("sa_solver", {}),
+    ("sa_solver", {"predictor_order": 3, "corrector_order": 1, "tau": 0.5}),
+    ("sa_solver", {"predictor_order": 1, "corrector_order": 3, "tau": 0.7}),
+    ("sa_solver", {"predictor_order": 3, "corrector_order": 0}),
 ]
 LEVELS = np.array([9.0, 6.2, 4.1, 2.4, 1.3, 0.9, 0.31, 0.08])
 
@@ -84,7 +130,11 @@ def test_noise_keeps_the_marginal_of_a_point(solver: str, options: dict, kind: s
     assert np.linalg.norm(x[1:]) == pytest.approx(grid.sigma[-1], rel=1e-12)
 
 
-@pytest.mark.parametrize(("solver", "options"), [s for s in STOCHASTIC if "s_churn" not in s[1] and s[0] != "consistency"], ids=str)
+@pytest.mark.parametrize(
+    ("solver", "options"),
+    [s for s in STOCHASTIC if "s_churn" not in s[1] and s[0] not in ("consistency", "lcm", "tcd", "restart")],
+    ids=str,
+)
 def test_variance_converges_to_the_data(solver: str, options: dict) -> None:
     """Gaussian data: the variance at sigma 0 tends to the data's, at first order or better."""
     errors = []
@@ -112,11 +162,28 @@ LITERAL = [
     ("heun", CHURN),
     ("dpmpp_2m", {}),
     ("dpmpp_2m", {"variant": "heun"}),
-    *STOCHASTIC[8:],
+    *[s for s in STOCHASTIC[8:] if s[0] not in ("lcm", "tcd", "dpm2")],
     ("dpmpp_2m_sde", {"s_noise": 1.1}),
     ("dpmpp_3m_sde", {"s_noise": 1.1, "eta": 0.0}),
     *[("unipc", {"order": k, "variant": v}) for k in (1, 2, 3) for v in ("bh1", "bh2")],
     ("unipc", {"order": 3, "corrector": False}),
+    ("dpm2", CHURN),
+    *[(name, {"s_noise": 1.1, "eta": 0.7}) for name in ("dpm2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "seeds_2", "seeds_3")],
+    *[(name, {"eta": 0.0}) for name in ("dpm2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "seeds_2", "seeds_3", "res_multistep")],
+    *[("dpmpp_singlestep", {"order": k, "variant": v}) for k in (1, 2, 3) for v in ("midpoint", "heun")],
+    ("heunpp2", {}),
+    ("restart", {}),
+    ("restart", {"intervals": ((0.2, 3.0, 4, 2),), "s_noise": 1.1}),
+    *[("deis", {"order": k}) for k in (1, 2, 3)],
+    *[("dpm_solver", {"order": k, "variant": v}) for k in (1, 2, 3) for v in ("midpoint", "heun")],
+    *[("ipndm", {"order": k}) for k in (1, 2, 3, 4)],
+    ("pndm", {}),
+    ("gradient_estimation", {}),
+    ("gradient_estimation", {"gamma": 1.3}),
+    ("res_multistep", {"eta": 0.8, "s_noise": 1.1}),
+    ("er_sde", {"s_noise": 1.1}),
+    ("sa_solver", {"tau": 0.0}),
+    ("sa_solver", {"predictor_order": 3, "corrector_order": 3, "tau": 0.4, "s_noise": 1.1}),
 ]
 
 
@@ -152,10 +219,12 @@ def test_flow_equals_the_literal_loop_from_pure_noise(solver: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("solver", "options"), [*((name, {}) for name in sorted(set(SOLVERS) - {"heun"})), ("unipc", {"order": 3, "variant": "bh1"})], ids=str
+    ("solver", "options"),
+    [*((name, {}) for name in sorted(set(SOLVERS) - {"heun", "restart"})), ("unipc", {"order": 3, "variant": "bh1"})],
+    ids=str,
 )
 def test_zero_terminal_snr(solver: str, options: dict) -> None:
-    """From alpha = 0 every solver but Heun's takes a finite first step; with exact d for point data it ends at the point."""
+    """From alpha = 0 all but Heun's method and its restarts take a finite first step; with exact d for point data they end at the point."""
     grid = schedules.grid(schedules.zero_terminal_snr(schedules.scaled_linear()), 8)
     assert grid.alpha[0] == 0
     plan = make_plan(solver, grid, **options)
@@ -164,9 +233,10 @@ def test_zero_terminal_snr(solver: str, options: dict) -> None:
     )
 
 
-def test_heun_refuses_zero_terminal_snr() -> None:
-    with pytest.raises(ValueError, match=r"solver: got 'heun'.*supported: a grid that starts at alpha > 0"):
-        make_plan("heun", schedules.grid(schedules.flow(), 4))
+@pytest.mark.parametrize("solver", ["heun", "restart"])
+def test_heun_refuses_zero_terminal_snr(solver: str) -> None:
+    with pytest.raises(ValueError, match=rf"solver: got '{solver}'.*supported: a grid that starts at alpha > 0"):
+        make_plan(solver, schedules.grid(schedules.flow(), 4))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
@@ -224,9 +294,9 @@ def _diffusers(name: str, **config: object):
     return getattr(diffusers, name)(**config)
 
 
-def _run_scheduler(scheduler, model, x: torch.Tensor) -> torch.Tensor:
+def _run_scheduler(scheduler, model, x: torch.Tensor, **options: object) -> torch.Tensor:
     for t in scheduler.timesteps:
-        x = scheduler.step(model(scheduler.scale_model_input(x, t), float(t)), t, x).prev_sample
+        x = scheduler.step(model(scheduler.scale_model_input(x, t), float(t)), t, x, **options).prev_sample
     return x
 
 
@@ -242,6 +312,21 @@ BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, 
         ("DPMSolverMultistepScheduler", {"solver_order": 3}, "dpmpp_2m", {"order": 3, "lower_order_final": True}),
         ("UniPCMultistepScheduler", {}, "unipc", {}),
         ("UniPCMultistepScheduler", {"solver_order": 3}, "unipc", {"order": 3}),
+        *[("DEISMultistepScheduler", {"solver_order": k}, "deis", {"order": k}) for k in (1, 2, 3)],
+        *[("DPMSolverSinglestepScheduler", {"solver_order": k}, "dpmpp_singlestep", {"order": k}) for k in (1, 2, 3)],
+        ("DPMSolverSinglestepScheduler", {"solver_order": 2, "solver_type": "heun"}, "dpmpp_singlestep", {"variant": "heun"}),
+        *[
+            ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", **stock}, "dpm_solver", ours)
+            for stock, ours in [
+                ({"solver_order": 1}, {"order": 1}),
+                ({"solver_order": 2, "solver_type": "heun"}, {"variant": "heun", "lower_order_final": True}),
+                ({"solver_order": 3}, {"order": 3, "lower_order_final": True}),
+            ]
+        ],
+        ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": True}, "pndm", {}),
+        ("PNDMScheduler", {"set_alpha_to_one": True}, "pndm", {"prk": True}),
+        ("KDPM2DiscreteScheduler", {"timestep_spacing": "trailing"}, "dpm2", {}),
+        ("TCDScheduler", {"original_inference_steps": 50}, "tcd", {"eta": 0.0}),
         ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}, "euler", {}),
         ("HeunDiscreteScheduler", {"timestep_spacing": "trailing"}, "heun", {}),
     ],
@@ -249,18 +334,26 @@ BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, 
 def test_equals_diffusers(scheduler: str, config: dict, solver: str, options: dict) -> None:
     stock = _diffusers(scheduler, **BETAS, **config)
     stock.set_timesteps(10)
-    times = list(dict.fromkeys(stock.timesteps.tolist()))
+    times = stock._timesteps[::-1] if scheduler == "PNDMScheduler" else list(dict.fromkeys(stock.timesteps.tolist()))
     noise = schedules.scaled_linear()
-    plan = make_plan(solver, schedules.grid(noise, timesteps=times), **options)
+    grid = schedules.grid(noise, timesteps=times)
+    if scheduler == "KDPM2DiscreteScheduler":  # its midpoints lie between
+        grid = schedules.grid(noise, timesteps=times[::2])
+    if (
+        scheduler in ("DEISMultistepScheduler", "TCDScheduler") or "final_sigmas_type" in config
+    ):  # they end at the smallest level of the process
+        grid = schedules.grid(noise, sigmas=[*grid.ratio[:-1], noise.sigma_ratios[0]])
+    plan = make_plan(solver, grid, **options)
 
     def epsilon(x: torch.Tensor, t: float) -> torch.Tensor:
         return torch.sin(2 * x + t / 300) * 0.8 + 0.1 * x
 
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3)))
     ours = execute(plan, lambda x, p: (x - p.sigma * epsilon(torch.from_numpy(x), p.time).numpy()) / p.alpha, x.numpy())
-    # The two schedulers below keep y = x / alpha and scale the network's input themselves.
+    # Some schedulers keep y = x / alpha and scale the network's input themselves.
+    scaled = scheduler in ("EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler")
     first = plan.rows[0].point
-    theirs = _run_scheduler(stock, epsilon, x / first.alpha if scheduler in ("EulerDiscreteScheduler", "HeunDiscreteScheduler") else x)
+    theirs = _run_scheduler(stock, epsilon, x / first.alpha if scaled else x, **({"eta": 0.0} if solver == "tcd" else {}))
     np.testing.assert_allclose(ours, theirs.double().numpy(), rtol=2e-4, atol=2e-4)
 
 
