@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -24,7 +25,7 @@ from tqdm.auto import trange
 
 from genfast.ops import pack_row, solver_step
 from genfast.ops._checks import check_dtype, refusal
-from genfast.samplers import Row, make_plan
+from genfast.samplers import SOLVERS, Row, make_plan
 from genfast.schedules import Grid, edm
 
 __all__ = [
@@ -336,21 +337,6 @@ def sample_heun(
     return _sample_churned(model, x, sigmas, extra_args, callback, disable, s_churn, s_tmin, s_tmax, s_noise, "heun", 2)
 
 
-def _dpm2(g: Grid, *, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> Iterator[Row]:
-    """The midpoint method, in log sigma, on dx/dsigma = (x - d) / sigma, with the churn of Karras et al. 2022, algorithm 2."""
-    gamma = min(s_churn / g.steps, math.sqrt(2) - 1)
-    hat = [float(s) * (1 + gamma) if gamma > 0 and s_tmin <= s <= s_tmax else float(s) for s in g.sigma[:-1]] + [float(g.sigma[-1])]
-    for i, (sigma, after) in enumerate(pairwise(hat)):
-        to = float(g.sigma[i + 1])
-        noise = s_noise * math.sqrt(after**2 - to**2)
-        if to == 0:
-            yield Row(g.at(sigma), {0: {"d": 1.0}})
-            continue
-        mid = math.sqrt(sigma * to)
-        yield Row(g.at(sigma), {0: {"x": mid / sigma, "d": 1 - mid / sigma}, 1: {"x": 1.0}})
-        yield Row(g.at(mid), {0: {1: 1.0, "x": (to - sigma) / mid, "d": (sigma - to) / mid, "noise": noise}})
-
-
 @torch.no_grad()
 def sample_dpm_2(
     model: Model,
@@ -365,7 +351,7 @@ def sample_dpm_2(
     s_noise: float = 1.0,
 ) -> Tensor:
     """DPM-Solver-2, the midpoint method in log sigma (Lu et al. 2022a), with churn (Karras et al. 2022, algorithm 2)."""
-    return _sample_churned(model, x, sigmas, extra_args, callback, disable, s_churn, s_tmin, s_tmax, s_noise, _dpm2, 2)
+    return _sample_churned(model, x, sigmas, extra_args, callback, disable, s_churn, s_tmin, s_tmax, s_noise, "dpm2", 2)
 
 
 # Ancestral samplers
@@ -399,15 +385,10 @@ def sample_euler_ancestral(
 
 
 def _dpm2_ancestral(g: Grid, *, eta: float, s_noise: float) -> Iterator[Row]:
-    """The midpoint method, in log sigma, down to sigma_down, then noise."""
-    for sigma, to in pairwise(map(float, g.sigma)):
-        down, up = get_ancestral_step(sigma, to, eta)
-        if down == 0:
-            yield Row(g.at(sigma), {0: {"d": 1.0}})  # without noise even where sigma_up is not 0, as k-diffusion has it
-            continue
-        mid = math.sqrt(sigma * down)
-        yield Row(g.at(sigma), {0: {"x": mid / sigma, "d": 1 - mid / sigma}, 1: {"x": 1.0}})
-        yield Row(g.at(mid), {0: {1: 1.0, "x": (down - sigma) / mid, "d": (sigma - down) / mid, "noise": s_noise * up}})
+    """`dpm2_ancestral`, without noise in the steps that go down to 0, where k-diffusion leaves it out whatever sigma_up is."""
+    for row in SOLVERS["dpm2_ancestral"](g, eta=eta, s_noise=s_noise):
+        one_evaluation = not row.reads and len(row.outputs) == 1
+        yield replace(row, outputs={0: {"d": 1.0}}) if one_evaluation else row
 
 
 @torch.no_grad()
@@ -432,18 +413,6 @@ def sample_dpm_2_ancestral(
     return _sample_plan(model, x, sigmas, extra_args, callback, disable, solver, grid, draws, noise_sampler, eta=eta, s_noise=s_noise)
 
 
-def _dpmpp_2s_ancestral(g: Grid, *, eta: float, s_noise: float) -> Iterator[Row]:
-    """DPM-Solver++(2S) (Lu et al. 2022b, algorithm 1 with r = 1/2) down to sigma_down, then noise."""
-    for sigma, to in pairwise(map(float, g.sigma)):
-        down, up = get_ancestral_step(sigma, to, eta)
-        if down == 0:
-            yield Row(g.at(sigma), {0: {"d": 1.0, "noise": s_noise * up}})
-            continue
-        mid = math.sqrt(sigma * down)
-        yield Row(g.at(sigma), {0: {"x": mid / sigma, "d": 1 - mid / sigma}, 1: {"x": 1.0}})
-        yield Row(g.at(mid), {0: {1: down / sigma, "d": 1 - down / sigma, "noise": s_noise * up}})
-
-
 @torch.no_grad()
 def sample_dpmpp_2s_ancestral(
     model: Model,
@@ -464,7 +433,7 @@ def sample_dpmpp_2s_ancestral(
     draws: list[Draws] = [
         (False, True) if down > 0 else (bool(to > 0),) for down, to in zip(_downs(grid, eta), grid.sigma[1:], strict=True)
     ]
-    solver = _dpmpp_2s_ancestral
+    solver = "dpmpp_2s_ancestral"
     return _sample_plan(model, x, sigmas, extra_args, callback, disable, solver, grid, draws, noise_sampler, eta=eta, s_noise=s_noise)
 
 
@@ -472,7 +441,10 @@ def sample_dpmpp_2s_ancestral(
 
 
 def _dpmpp_sde(g: Grid, *, eta: float, s_noise: float, r: float) -> Iterator[Row]:
-    """The singlestep SDE form of DPM-Solver++ (k-diffusion): the second evaluation lies at r of the step in log sigma, noise and all."""
+    """The singlestep SDE form of DPM-Solver++ (k-diffusion): the second evaluation lies at r of the step in log sigma.
+
+    `genfast.samplers` has it with the noises of one Brownian motion; here ``noise_sampler`` gives both, and r is free.
+    """
     fac = 1 / (2 * r)
     for sigma, to in pairwise(map(float, g.sigma)):
         if to == 0:
