@@ -151,6 +151,19 @@ def cosine(steps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> Nois
     return _vp("cosine", np.minimum(1 - f[1:] / f[:-1], max_beta))
 
 
+def sigmoid(steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+    """GeoDiff's schedule: betas along a sigmoid from -6 to 6 (Xu et al. 2022, as in diffusers)."""
+    return _vp("sigmoid", beta_start + (beta_end - beta_start) / (1 + np.exp(-np.linspace(-6, 6, steps))))
+
+
+def laplace(steps: int = 1000, mu: float = 0.0, b: float = 0.5, max_beta: float = 0.999) -> NoiseSchedule:
+    """log SNR along the quantiles of Laplace's distribution (Hang et al. 2024), which diffusers takes for that of alpha-bar squared."""
+    t = np.arange(steps + 1) / steps
+    log_snr = mu - b * np.copysign(1.0, 0.5 - t) * np.log(1 - 2 * np.abs(0.5 - t) + 1e-6)
+    f = np.sqrt(1 / (1 + np.exp(-log_snr)))
+    return _vp("laplace", np.minimum(1 - f[1:] / f[:-1], max_beta))
+
+
 def from_betas(betas: ArrayLike) -> NoiseSchedule:
     """A schedule from given betas, each in (0, 1)."""
     betas = np.asarray(betas, np.float64)
@@ -164,6 +177,14 @@ def flow(shift: float = 1.0) -> NoiseSchedule:
     if not shift > 0:
         raise ValueError(f"shift: got {shift}, supported: a number above 0")
     return NoiseSchedule("flow", "flow", shift=shift)
+
+
+def dynamic_shift(
+    tokens: int, *, base_tokens: int = 256, max_tokens: int = 4096, base_shift: float = 0.5, max_shift: float = 1.15
+) -> float:
+    """The ``shift`` of a flow for images of this many tokens: exp(mu), mu linear in their number (Black Forest Labs, FLUX.1)."""
+    mu = base_shift + (tokens - base_tokens) * (max_shift - base_shift) / (max_tokens - base_tokens)
+    return float(np.exp(mu))
 
 
 def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoiseSchedule:
@@ -252,29 +273,111 @@ def exponential(noise: NoiseSchedule, steps: int, *, sigma_min: float | None = N
     return _through_sigmas(noise, np.append(np.exp(np.linspace(np.log(high), np.log(low), steps)), 0.0))
 
 
+def polyexponential(
+    noise: NoiseSchedule, steps: int, *, sigma_min: float | None = None, sigma_max: float | None = None, rho: float = 1.0
+) -> Grid:
+    """log(sigma) along a ramp to the power rho, then 0 (k-diffusion); rho = 1 is `exponential`."""
+    low, high = _sigma_range(noise, "polyexponential", sigma_min, sigma_max)
+    ramp = np.linspace(1, 0, steps) ** rho
+    return _through_sigmas(noise, np.append(np.exp(np.log(low) + ramp * (np.log(high) - np.log(low))), 0.0))
+
+
+def kl_optimal(noise: NoiseSchedule, steps: int, *, sigma_min: float | None = None, sigma_max: float | None = None) -> Grid:
+    """arctan(sigma) evenly spaced, then 0 (Sabour et al. 2024, the closed form for Gaussian data)."""
+    low, high = _sigma_range(noise, "kl_optimal", sigma_min, sigma_max)
+    return _through_sigmas(noise, np.append(np.tan(np.linspace(np.arctan(high), np.arctan(low), steps)), 0.0))
+
+
+def linear_quadratic(noise: NoiseSchedule, steps: int, *, threshold: float = 0.025, linear_steps: int | None = None) -> Grid:
+    """Half of the steps in the first ``threshold`` of the way, the rest quadratic (Genmo, Mochi 1).
+
+    Meant for flows; elsewhere the same fractions of the process's largest sigma, as in ComfyUI. ``linear_steps`` defaults to steps // 2.
+    """
+    _, high = _sigma_range(noise, "linear_quadratic", None, None)
+    n = steps // 2 if linear_steps is None else linear_steps
+    if not (0 < n < steps or steps == 1) or not 0 < threshold < 1:
+        raise ValueError(f"linear_steps: got {n} of {steps} with threshold {threshold:g}, supported: 1 to steps - 1, threshold in (0, 1)")
+    if steps == 1:
+        return _through_sigmas(noise, np.array([high, 0.0]))
+    # A parabola that continues the line with its slope and reaches 1 after all steps
+    slope, rest = threshold / n, steps - n
+    k = np.arange(rest + 1)
+    curve = threshold + slope * k + (1 - threshold - slope * rest) * (k / rest) ** 2
+    return _through_sigmas(noise, high * (1 - np.append(slope * np.arange(n), curve)))
+
+
+_AYS = {
+    "ays_sd1": [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029],
+    "ays_sdxl": [14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029],
+    "ays_svd": [700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002],
+}
+
+
+def _align_your_steps(noise: NoiseSchedule, steps: int, name: str) -> Grid:
+    """Through a published table of 10 steps, log-linearly interpolated to others; the last sigma becomes 0."""
+    if noise.kind == "flow":
+        raise ValueError(f"sigmas: got {name!r} for the {noise.name!r} process, supported: variance preserving and exploding processes")
+    table = np.log(_AYS[name])
+    sigmas = np.exp(np.interp(np.linspace(0, len(table) - 1, steps + 1), np.arange(len(table)), table))
+    return _through_sigmas(noise, np.append(sigmas[:-1], 0.0))
+
+
+def ays_sd1(noise: NoiseSchedule, steps: int) -> Grid:
+    """Align Your Steps for Stable Diffusion 1.5 (Sabour et al. 2024, published table)."""
+    return _align_your_steps(noise, steps, "ays_sd1")
+
+
+def ays_sdxl(noise: NoiseSchedule, steps: int) -> Grid:
+    """Align Your Steps for Stable Diffusion XL (Sabour et al. 2024, published table)."""
+    return _align_your_steps(noise, steps, "ays_sdxl")
+
+
+def ays_svd(noise: NoiseSchedule, steps: int) -> Grid:
+    """Align Your Steps for Stable Video Diffusion (Sabour et al. 2024, published table)."""
+    return _align_your_steps(noise, steps, "ays_svd")
+
+
 def _through_spaced(
-    noise: NoiseSchedule, steps: int, name: str, vp: Callable[[int], Array], flow: Array | None, shift: float | None = None
+    noise: NoiseSchedule,
+    steps: int,
+    name: str,
+    vp: Callable[[int], Array],
+    flow: Array | None,
+    shift: float | None = None,
+    terminal: float | None = None,
 ) -> Grid:
     """A grid evenly spaced in time: whole times from ``vp``, which takes their number, or unit times ``flow``, which are shifted."""
     if noise.kind == "ve" or (noise.kind == "flow" and flow is None):
-        others = ", ".join(sorted({"exponential", "karras"} | ({"linspace", "trailing"} if noise.kind == "flow" else set())))
+        others = ", ".join(sorted({"exponential", "karras", "kl_optimal"} | ({"linspace", "trailing"} if noise.kind == "flow" else set())))
         raise ValueError(f"sigmas: got {name!r} for the {noise.name!r} process, supported there: {others} or a list of sigmas")
     if noise.kind == "flow":
         assert flow is not None
         shift = noise.shift if shift is None else shift
-        return _through_times(noise, shift * flow / (1 + (shift - 1) * flow))
+        times = shift * flow / (1 + (shift - 1) * flow)
+        if terminal is not None and steps > 1:
+            times = 1 - (1 - times) * ((1 - terminal) / (1 - times[-1]))
+        return _through_times(noise, times)
+    if terminal is not None:
+        raise ValueError(f"terminal: got {terminal} for the {noise.name!r} process, supported: None, or a flow process")
     if steps > noise.steps:
         raise ValueError(f"steps: got {steps}, supported with sigmas={name!r}: at most the process's {noise.steps} times")
     return _through_times(noise, vp(noise.steps))
 
 
-def trailing(noise: NoiseSchedule, steps: int, *, shift: float | None = None) -> Grid:
+def trailing(noise: NoiseSchedule, steps: int, *, shift: float | None = None, terminal: float | None = None) -> Grid:
     """Times evenly spaced from the last one down (Lin et al. 2024, table 2); for flow t = 1, 1 - 1/steps, ..., shifted.
 
-    ``shift`` (flow only) replaces the process's own.
+    ``shift`` (flow only) replaces the process's own; ``terminal`` (flow only) stretches the times so that the last evaluation lies
+    there (Lightricks, LTX-Video).
     """
+    _check_terminal(terminal)
     remaining = np.arange(steps, 0, -1, dtype=np.float64)
-    return _through_spaced(noise, steps, "trailing", lambda n: np.rint(remaining * (n / steps)) - 1, remaining / steps, shift)
+    return _through_spaced(noise, steps, "trailing", lambda n: np.rint(remaining * (n / steps)) - 1, remaining / steps, shift, terminal)
+
+
+def _check_terminal(terminal: float | None) -> None:
+    if terminal is not None and not 0 < terminal < 1:
+        raise ValueError(f"terminal: got {terminal}, supported: None or a time in (0, 1)")
 
 
 def leading(noise: NoiseSchedule, steps: int, *, offset: int = 0) -> Grid:
@@ -282,13 +385,76 @@ def leading(noise: NoiseSchedule, steps: int, *, offset: int = 0) -> Grid:
     return _through_spaced(noise, steps, "leading", lambda n: np.arange(steps, dtype=np.float64)[::-1] * (n // steps) + offset, None)
 
 
-def linspace(noise: NoiseSchedule, steps: int, *, shift: float | None = None) -> Grid:
-    """Times from the last to the first, both included (Lin et al. 2024, table 2); for flow from t = 1 to 0.001, shifted."""
+def ddim_uniform(noise: NoiseSchedule, steps: int) -> Grid:
+    """`leading` with offset 1, as in latent diffusion's DDIM and ComfyUI's "ddim_uniform". "vp" only."""
+    return _through_spaced(noise, steps, "ddim_uniform", lambda n: np.arange(steps, dtype=np.float64)[::-1] * (n // steps) + 1, None)
+
+
+def linspace(noise: NoiseSchedule, steps: int, *, shift: float | None = None, terminal: float | None = None) -> Grid:
+    """Times from the last to the first, both included (Lin et al. 2024, table 2); for flow from t = 1 to 0.001, shifted.
+
+    ``shift`` and ``terminal`` as in `trailing`.
+    """
+    _check_terminal(terminal)
     unit = np.linspace(1, 0.001, steps, dtype=np.float64)
-    return _through_spaced(noise, steps, "linspace", lambda n: np.rint(np.linspace(n - 1, 0, steps)), unit, shift)
+    return _through_spaced(noise, steps, "linspace", lambda n: np.rint(np.linspace(n - 1, 0, steps)), unit, shift, terminal)
 
 
-GRIDS: dict[str, Callable[..., Grid]] = {f.__name__: f for f in (karras, exponential, trailing, leading, linspace)}
+def sgm_uniform(noise: NoiseSchedule, steps: int, *, shift: float | None = None) -> Grid:
+    """Like `linspace` with one more time, the last of which is left out (Stability AI's generative-models); times may be fractional."""
+    unit = np.linspace(1, 0.001, steps + 1, dtype=np.float64)[:-1]
+    return _through_spaced(noise, steps, "sgm_uniform", lambda n: np.linspace(n - 1, 0, steps + 1)[:-1], unit, shift)
+
+
+def _beta_quantile(q: Array, a: float, b: float) -> Array:
+    """Quantiles of the Beta(a, b) distribution: its series (Abramowitz and Stegun, 26.5.4 expanded), bisected."""
+
+    def lower(x: Array, a: float, b: float) -> Array:
+        """The integral of t^(a-1) (1-t)^(b-1) to x <= 1/2, by expanding (1-t)^(b-1)."""
+        total, term = np.zeros_like(x), np.ones_like(x)
+        for n in range(64):
+            total, term = total + term / (a + n), term * x * (n + 1 - b) / (n + 1)
+        return np.asarray(x**a * total)
+
+    half = np.array(0.5)
+    whole = lower(half, a, b) + lower(half, b, a)
+    low, high = np.zeros_like(q), np.ones_like(q)
+    for _ in range(64):
+        x = (low + high) / 2
+        below = np.where(x <= 0.5, lower(np.minimum(x, 0.5), a, b), whole - lower(np.minimum(1 - x, 0.5), b, a)) < q * whole
+        low, high = np.where(below, x, low), np.where(below, high, x)
+    return np.where(q >= 1, 1.0, (low + high) / 2)
+
+
+def beta(noise: NoiseSchedule, steps: int, *, a: float = 0.6, b: float = 0.6, shift: float | None = None) -> Grid:
+    """Times at quantiles of a Beta(a, b) distribution, denser at both ends (Lee et al. 2024, "Beta sampling is all you need").
+
+    The quantiles are 1, 1 - 1/steps, ..., 1/steps, as in ComfyUI, whose whole times these are before rounding.
+    """
+    if not (a > 0 and b > 0):
+        raise ValueError(f"a, b: got {a} and {b}, supported: numbers above 0")
+    unit = _beta_quantile(np.arange(steps, 0, -1) / steps, a, b)
+    return _through_spaced(noise, steps, "beta", lambda n: unit * (n - 1), unit, shift)
+
+
+_GRIDS = (
+    karras,
+    exponential,
+    polyexponential,
+    kl_optimal,
+    linear_quadratic,
+    trailing,
+    leading,
+    linspace,
+    ddim_uniform,
+    sgm_uniform,
+    beta,
+    ays_sd1,
+    ays_sdxl,
+    ays_svd,
+)
+# DPM-Solver's grid, even in log SNR (Lu et al. 2022), is the exponential one; diffusers calls it "lu".
+GRIDS: dict[str, Callable[..., Grid]] = {**{f.__name__: f for f in _GRIDS}, "lu": exponential}
 Sigmas = str | Sequence[float] | Array | Callable[[NoiseSchedule, int], Grid] | None
 
 

@@ -85,16 +85,20 @@ def test_zero_terminal_snr_is_algorithm_1() -> None:
         (VP, {"steps": 2.5}, "steps: got 2.5, supported: an integer of at least 1"),
         (VP, {}, "steps: got None, supported: an integer of at least 1"),
         (VP, {"steps": 1001}, "steps: got 1001, supported with sigmas='trailing': at most the process's 1000 times"),
-        (VP, {"steps": 4, "sigmas": "karas"}, r"sigmas: got 'karas' \(did you mean karras\?\), supported: exponential, karras, leading"),
+        (
+            VP,
+            {"steps": 4, "sigmas": "karas"},
+            r"sigmas: got 'karas' \(did you mean karras\?\), supported: ays_sd1, ays_sdxl, ays_svd, beta",
+        ),
         (
             VE,
             {"steps": 4, "sigmas": "trailing"},
-            "sigmas: got 'trailing' for the 'edm' process, supported there: exponential, karras or a list",
+            "sigmas: got 'trailing' for the 'edm' process, supported there: exponential, karras, kl_optimal or a list",
         ),
         (
             FLOW,
             {"steps": 4, "sigmas": "leading"},
-            "sigmas: got 'leading' for the 'flow' process, supported there: exponential, karras, linspace",
+            "sigmas: got 'leading' for the 'flow' process, supported there: exponential, karras, kl_optimal, linspace",
         ),
         (VE, {"sigmas": [1.0, 2.0, 0.0]}, r"sigmas: got \[1. 2. 0.\], supported: strictly decreasing numbers"),
         (VE, {"sigmas": [2.0, 2.0, 0.0]}, "supported: strictly decreasing numbers"),
@@ -107,6 +111,21 @@ def test_zero_terminal_snr_is_algorithm_1() -> None:
         (VP, {"timesteps": [500], "sigmas": "karras"}, "timesteps: got a list together with sigmas, supported: one of the two"),
         (VP, {"timesteps": [500, 100], "steps": 3}, "steps: got 3 with timesteps for 2"),
         (schedules.zero_terminal_snr(VP), {"steps": 3, "sigmas": "karras"}, "sigmas: got 'karras' from sigma_max inf"),
+        (FLOW, {"steps": 3, "sigmas": "ays_sd1"}, "sigmas: got 'ays_sd1' for the 'flow' process, supported: variance preserving"),
+        (VE, {"steps": 3, "sigmas": "beta"}, "sigmas: got 'beta' for the 'edm' process, supported there: exponential"),
+        (FLOW, {"steps": 3, "sigmas": "ddim_uniform"}, "sigmas: got 'ddim_uniform' for the 'flow' process"),
+        (VP, {"steps": 3, "sigmas": partial(schedules.beta, a=0.0)}, "a, b: got 0.0 and 0.6, supported: numbers above 0"),
+        (VP, {"steps": 3, "sigmas": partial(schedules.trailing, terminal=0.1)}, "terminal: got 0.1 for the 'scaled_linear' process"),
+        (
+            FLOW,
+            {"steps": 3, "sigmas": partial(schedules.linspace, terminal=1.0)},
+            r"terminal: got 1.0, supported: None or a time in \(0, 1",
+        ),
+        (
+            FLOW,
+            {"steps": 4, "sigmas": partial(schedules.linear_quadratic, linear_steps=4)},
+            "linear_steps: got 4 of 4 with threshold 0.025, supported: 1 to steps - 1",
+        ),
     ],
 )
 def test_errors(noise: schedules.NoiseSchedule, arguments: dict, message: str) -> None:
@@ -119,3 +138,87 @@ def test_grid_checks_itself() -> None:
         Grid(VE, np.array([1.0, 2.0]), np.ones(2), np.array([1.0, 2.0]))
     with pytest.raises(ValueError, match="noise: got kind 've', supported: 'vp'"):
         schedules.zero_terminal_snr(VE)
+
+
+@pytest.mark.parametrize("schedule", ["sigmoid", "laplace"])
+def test_schedules_equal_diffusers(schedule: str) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    stock = diffusers.DDPMScheduler(beta_schedule=schedule).alphas_cumprod.double().numpy()
+    np.testing.assert_allclose(getattr(schedules, schedule)().alphas_cumprod, stock, rtol=1e-4, atol=1e-7)
+
+
+def test_polyexponential_and_lu() -> None:
+    """k-diffusion's formula; rho = 1 and "lu" are even in log sigma."""
+    ramp = (1 - np.arange(6) / 5) ** 2.5
+    g = grid(VE, 6, sigmas=partial(schedules.polyexponential, rho=2.5))
+    np.testing.assert_allclose(g.sigma[:-1], [np.exp(r * np.log(80 / 0.002)) * 0.002 for r in ramp], rtol=1e-12)
+    for name in ("polyexponential", "lu"):
+        np.testing.assert_allclose(grid(VP, 6, sigmas=name).ratio, grid(VP, 6, sigmas="exponential").ratio, rtol=1e-12)
+
+
+def test_kl_optimal_is_even_in_the_arctangent() -> None:
+    angles = np.arctan(grid(VE, 9, sigmas="kl_optimal").sigma)
+    np.testing.assert_allclose(np.diff(angles[:-1]), (np.arctan(0.002) - np.arctan(80)) / 8, rtol=1e-12)
+    assert angles[-1] == 0
+
+
+@pytest.mark.parametrize(("steps", "linear"), [(10, 5), (7, 3), (64, 32), (9, 2)])
+def test_linear_quadratic_is_mochis(steps: int, linear: int) -> None:
+    """The coefficients as Genmo and diffusers write them."""
+    threshold = 0.025
+    difference = linear - threshold * steps
+    a = difference / (linear * (steps - linear) ** 2)
+    b = threshold / linear - 2 * difference / (steps - linear) ** 2
+    c = a * linear**2
+    path = [i * threshold / linear for i in range(linear)] + [a * i**2 + b * i + c for i in range(linear, steps)] + [1.0]
+    name = "linear_quadratic" if linear == steps // 2 else partial(schedules.linear_quadratic, linear_steps=linear)
+    np.testing.assert_allclose(grid(schedules.flow(), steps, sigmas=name).time, 1 - np.array(path), rtol=1e-9, atol=1e-12)
+    assert grid(VE, steps, sigmas=name).sigma[0] == 80
+    assert grid(VE, 1, sigmas="linear_quadratic").sigma.tolist() == [80, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("ays_sd1", "StableDiffusionSigmas"), ("ays_sdxl", "StableDiffusionXLSigmas"), ("ays_svd", "StableDiffusionVideoSigmas")],
+)
+def test_align_your_steps(name: str, key: str) -> None:
+    tables = pytest.importorskip("diffusers.schedulers").AysSchedules
+    np.testing.assert_allclose(grid(VE, 10, sigmas=name).sigma, tables[key], rtol=1e-12)
+    between = grid(VP, 20, sigmas=name)
+    np.testing.assert_allclose(between.ratio[:-1:2], tables[key][:-1], rtol=1e-12)
+    np.testing.assert_allclose(between.ratio[1:-2:2], np.sqrt(between.ratio[:-3:2] * between.ratio[2:-1:2]), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.6, 0.6), (0.5, 0.9), (2.0, 1.5)])
+def test_beta_is_its_quantiles(a: float, b: float) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    expected = stats.beta.ppf(1 - np.arange(12) / 12, a, b)
+    sigmas = partial(schedules.beta, a=a, b=b)
+    np.testing.assert_allclose(grid(VP, 12, sigmas=sigmas).time[:-1], 999 * expected, rtol=1e-9)
+    np.testing.assert_allclose(grid(FLOW, 12, sigmas=sigmas).time[:-1], 3 * expected / (1 + 2 * expected), rtol=1e-9)
+
+
+def test_uniform_grids() -> None:
+    np.testing.assert_allclose(grid(VP, 4, sigmas="sgm_uniform").time, [999, 749.25, 499.5, 249.75, 0], rtol=1e-14)
+    np.testing.assert_allclose(grid(schedules.flow(), 3, sigmas="sgm_uniform").time, [1, 0.667, 0.334, 0], rtol=1e-12)
+    assert grid(VP, 4, sigmas="ddim_uniform").time.tolist() == [751, 501, 251, 1, 0]
+
+
+def test_shifts_of_flows_equal_diffusers() -> None:
+    """Dynamic shift is the time shift by exp(mu); the terminal shift stretches the times."""
+    diffusers = pytest.importorskip("diffusers")
+    assert np.log([schedules.dynamic_shift(n) for n in (256, 4096, 2176)]) == pytest.approx([0.5, 1.15, 0.825], rel=1e-12)
+    stock = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1)
+    stock.set_timesteps(sigmas=np.linspace(1, 1 / 8, 8), mu=np.log(schedules.dynamic_shift(1024)))
+    g = grid(schedules.flow(schedules.dynamic_shift(1024)), 8, sigmas=partial(schedules.trailing, terminal=0.1))
+    np.testing.assert_allclose(g.time, stock.sigmas.double().numpy(), atol=1e-6)
+    assert g.time[-2] == pytest.approx(0.1, rel=1e-12)
+    assert grid(FLOW, 5, sigmas=partial(schedules.linspace, terminal=0.2)).time[-2] == pytest.approx(0.2, rel=1e-12)
+    assert grid(FLOW, 1, sigmas=partial(schedules.trailing, terminal=0.1)).time.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("name", sorted(schedules.GRIDS))
+def test_every_grid_has_the_steps_asked_for(name: str) -> None:
+    for steps in (1, 2, 5, 30, 100):
+        g = grid(VP, steps, sigmas=name)
+        assert g.steps == steps and g.sigma[-1] == 0
