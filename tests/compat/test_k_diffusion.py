@@ -10,6 +10,7 @@ from math import exp, inf, log, sqrt
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from genfast.compat import k_diffusion as K
 
@@ -358,6 +359,22 @@ def test_gradients_stop_as_upstream(name):
     torch.manual_seed(1)
     assert not got.requires_grad
     assert torch.equal(got, getattr(K, f"sample_{name}")(model, x.detach(), sigmas_of(4, torch.float64), disable=True, **options))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tangents_pass_through(name):
+    """Forward-mode derivatives are not stopped by no_grad: against a central difference."""
+    x, direction = start((2, 4), torch.float64), start((2, 4), torch.float64, 1.0).flip(1)
+    noise = start((2, 4), torch.float64, 1.0).flip(0)
+    options = {"noise_sampler": lambda s, t: noise} if name in ANCESTRAL + SDE else {}
+
+    def sample(y):
+        return getattr(K, f"sample_{name}")(model, y, sigmas_of(4, torch.float64), disable=True, **options)
+
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(sample(forward_ad.make_dual(x, direction))).tangent
+    assert difference(tangent, (sample(x + 1e-5 * direction) - sample(x - 1e-5 * direction)) / 2e-5) <= 1e-8
+    assert tangent.abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("name", NAMES)
