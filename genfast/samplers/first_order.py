@@ -55,6 +55,8 @@ def tcd(g: Grid, *, eta: float = 0.3) -> Rows:
     The consistency function leads to the time (1 - gamma) t', down to a whole one where times are indices, and noise from there to t'.
     The last step leads to its end and draws nothing.
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta: got {eta}, supported: a number in [0, 1]")
     for i in range(g.steps):
         p, q = g.point(i), g.point(i + 1)
         if i + 1 == g.steps:

@@ -218,9 +218,18 @@ def test_flow_equals_the_literal_loop_from_pure_noise(solver: str) -> None:
     np.testing.assert_allclose(got, getattr(literal, solver)(lambda x, t: np.sin(2 * x + t), x, times), rtol=1e-13, atol=1e-13)
 
 
+WIDEST = [
+    ("unipc", {"order": 3, "variant": "bh1"}),
+    ("pndm", {"prk": True}),
+    ("dpm_solver", {"order": 3}),
+    ("dpmpp_singlestep", {"order": 3, "variant": "heun"}),
+    ("sa_solver", {"predictor_order": 3, "corrector_order": 3, "tau": 0.5}),
+]
+
+
 @pytest.mark.parametrize(
     ("solver", "options"),
-    [*((name, {}) for name in sorted(set(SOLVERS) - {"heun", "restart"})), ("unipc", {"order": 3, "variant": "bh1"})],
+    [*((name, {}) for name in sorted(set(SOLVERS) - {"heun", "restart"})), *WIDEST],
     ids=str,
 )
 def test_zero_terminal_snr(solver: str, options: dict) -> None:
@@ -239,11 +248,11 @@ def test_heun_refuses_zero_terminal_snr(solver: str) -> None:
         make_plan(solver, schedules.grid(schedules.flow(), 4))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
-@pytest.mark.parametrize("solver", sorted(SOLVERS))
-def test_few_steps(solver: str, steps: int) -> None:
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+@pytest.mark.parametrize(("solver", "options"), [*((name, {}) for name in sorted(SOLVERS)), *WIDEST], ids=str)
+def test_few_steps(solver: str, options: dict, steps: int) -> None:
     """The shortest plans work; one step from noise returns the denoised prediction."""
-    plan = make_plan(solver, schedules.grid(schedules.edm(), steps))
+    plan = make_plan(solver, schedules.grid(schedules.edm(), steps), **options)
     rng = np.random.default_rng(0)
     out = execute(plan, gaussian.denoise, np.array([40.0]), {row.draw: rng.standard_normal(1) for row in plan.rows})
     assert np.isfinite(out).all()
@@ -261,6 +270,12 @@ def test_unknown_names_offer_the_nearest() -> None:
         make_plan("flow_euler", grid, eta=1.0)
     with pytest.raises(ValueError, match=r"variant: got 'bh3', supported: 'bh1', 'bh2'"):
         make_plan("unipc", grid, variant="bh3")
+    with pytest.raises(ValueError, match=r"eta: got 1.5, supported: a number in \[0, 1\]"):
+        make_plan("tcd", grid, eta=1.5)
+    with pytest.raises(
+        ValueError, match=r"intervals: got \(0.1, 0.001, 9, 1\) at the grid's sigma 0.002, supported: t_max above that sigma"
+    ):
+        make_plan("restart", grid, intervals=[(0.1, 0.001, 9, 1)])
 
 
 def test_registry_is_whole() -> None:
@@ -354,6 +369,26 @@ def test_equals_diffusers(scheduler: str, config: dict, solver: str, options: di
     scaled = scheduler in ("EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler")
     first = plan.rows[0].point
     theirs = _run_scheduler(stock, epsilon, x / first.alpha if scaled else x, **({"eta": 0.0} if solver == "tcd" else {}))
+    np.testing.assert_allclose(ours, theirs.double().numpy(), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_tcd_equals_diffusers_with_its_noise(eta: float) -> None:
+    stock = _diffusers("TCDScheduler", **BETAS)
+    stock.set_timesteps(6)
+    noise = schedules.scaled_linear()
+    ratios = schedules.grid(noise, timesteps=stock.timesteps.tolist()).ratio[:-1]
+    plan = make_plan("tcd", schedules.grid(noise, sigmas=[*ratios, noise.sigma_ratios[0]]), eta=eta)  # it ends at the smallest level
+
+    def epsilon(x: torch.Tensor, t: float) -> torch.Tensor:
+        return torch.sin(2 * x + t / 300) * 0.8 + 0.1 * x
+
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal(6))
+    theirs = _run_scheduler(stock, epsilon, x, eta=eta, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    draws = {row.draw: torch.randn(6, generator=generator, dtype=x.dtype).numpy() for row in plan.rows if row.draw}
+    assert len(draws) == 5
+    ours = execute(plan, lambda x, p: (x - p.sigma * epsilon(torch.from_numpy(x), p.time).numpy()) / p.alpha, x.numpy(), draws)
     np.testing.assert_allclose(ours, theirs.double().numpy(), rtol=2e-4, atol=2e-4)
 
 
