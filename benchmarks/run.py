@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import resource
 import sys
 from collections.abc import Callable
@@ -190,6 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     command = "python -m benchmarks.run " + " ".join(sys.argv[1:] if arguments is None else arguments)
+    command = re.sub(r" --out \S+", "", command)  # where the rows went is not how they were made
     if options.device == "cuda":
         cases, dtypes = step_cases(pixels=(8, 3, 1024, 1024)), [torch.float32, torch.bfloat16]
     else:
