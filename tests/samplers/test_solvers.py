@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
@@ -305,7 +306,7 @@ def test_assemble_checks_rows(rows: list[Row], message: str) -> None:
 
 
 def _diffusers(name: str, **config: object):
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = importlib.import_module("diffusers")
     return getattr(diffusers, name)(**config)
 
 
