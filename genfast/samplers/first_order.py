@@ -8,7 +8,7 @@ from typing import Literal
 from genfast.schedules import Grid
 
 from .plan import Row
-from .rows import Churn, Rows, choice, ode_step, posterior_std
+from .rows import Churn, Rows, choice, combine, ode_step, posterior_std, slope
 
 
 def ddim(g: Grid, *, eta: float = 0.0, s_noise: float = 1.0) -> Rows:
@@ -18,6 +18,20 @@ def ddim(g: Grid, *, eta: float = 0.0, s_noise: float = 1.0) -> Rows:
         std = min(eta * posterior_std(p, q), q.sigma)
         kept = math.sqrt(q.sigma**2 - std**2)  # the coefficient of the predicted noise (x - alpha d) / sigma
         yield Row(p, {0: {"x": kept / p.sigma, "d": q.alpha - p.alpha * kept / p.sigma, "noise": s_noise * std}})
+
+
+def ddim_inverse(g: Grid) -> Rows:
+    """DDIM's ODE followed backwards, from data to noise (Song et al. 2021a, section 4.3): inversion of a given sample.
+
+    It starts from the state at the grid's last point, which `Sampler` takes as ``latent``, and visits the grid in reverse. At sigma 0
+    the network says nothing about noise and is asked at the next point instead.
+    """
+    for i in range(g.steps, 0, -1):
+        p, q = g.point(i), g.point(i - 1)
+        if p.sigma == 0:
+            yield Row(q, {0: combine((q.alpha, {"x": 1.0}), (q.sigma, slope(q)))})
+        else:
+            yield Row(p, {0: ode_step(p, q)})
 
 
 def ddpm(g: Grid, *, variance: Literal["small", "large"] = "small") -> Rows:

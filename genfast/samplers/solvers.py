@@ -15,7 +15,7 @@ from genfast.schedules import Grid, unknown_name
 
 from .adams import deis, dpm_solver, gradient_estimation, ipndm, lms, pndm
 from .exponential import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, er_sde, res_multistep, sa_solver, unipc
-from .first_order import consistency, ddim, ddpm, euler, euler_ancestral, flow_euler, lcm, tcd
+from .first_order import consistency, ddim, ddim_inverse, ddpm, euler, euler_ancestral, flow_euler, lcm, tcd
 from .plan import Plan, assemble
 from .rows import Rows, Solver
 from .singlestep import (
@@ -38,6 +38,7 @@ SOLVERS: dict[str, Solver] = {
     f.__name__: f
     for f in (
         ddim,
+        ddim_inverse,
         ddpm,
         euler,
         euler_ancestral,

@@ -230,7 +230,7 @@ WIDEST = [
 
 @pytest.mark.parametrize(
     ("solver", "options"),
-    [*((name, {}) for name in sorted(set(SOLVERS) - {"heun", "restart"})), *WIDEST],
+    [*((name, {}) for name in sorted(set(SOLVERS) - {"heun", "restart", "ddim_inverse"})), *WIDEST],
     ids=str,
 )
 def test_zero_terminal_snr(solver: str, options: dict) -> None:
@@ -257,7 +257,7 @@ def test_few_steps(solver: str, options: dict, steps: int) -> None:
     rng = np.random.default_rng(0)
     out = execute(plan, gaussian.denoise, np.array([40.0]), {row.draw: rng.standard_normal(1) for row in plan.rows})
     assert np.isfinite(out).all()
-    if steps == 1:
+    if steps == 1 and solver != "ddim_inverse":
         assert out == pytest.approx(gaussian.denoise(40.0, plan.rows[0].point))
 
 
