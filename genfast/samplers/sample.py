@@ -307,7 +307,7 @@ class _Run:
             self._draw(out)
             return
         a, b = self.spans[k]
-        out.copy_(self.path(a, b).mul_(-1 / math.sqrt(a - b)))
+        out.copy_(self.path(a, b).mul_(1 / math.sqrt(a - b)))
 
     def _draw(self, out: Tensor) -> None:
         assert self.generator is not None

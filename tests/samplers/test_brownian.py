@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import math
+import sys
+import types
 from itertools import pairwise
 
 import gaussian
@@ -116,7 +120,7 @@ def test_the_sampler_draws_increments(solver: str, options: dict) -> None:
     start = plan.rows[0].point.sigma
     for row, end in zip(plan.rows, [*(row.point.sigma for row in plan.rows[1:]), 0.1], strict=True):
         if row.draw:
-            noise[row.draw] = (path(end, start).double() / math.sqrt(start - end)).numpy()
+            noise[row.draw] = (path(start, end).double() / math.sqrt(start - end)).numpy()
             start = end
     x = plan.scale * reference.normal(SEEDS, (3, 2), dtype=torch.float64).numpy()
 
@@ -128,6 +132,26 @@ def test_the_sampler_draws_increments(solver: str, options: dict) -> None:
     assert not torch.allclose(plain, draw(den, (3, 2), seeds=SEEDS).float(), atol=1e-2)
     fused, same = (Sampler(solver, sigmas=sigmas, brownian=True, impl=i, progress=False, **options) for i in ("fused", "reference"))
     assert torch.equal(fused(den, (3, 2), seeds=SEEDS), same(den, (3, 2), seeds=SEEDS))
+
+
+def test_diffusers_sde_scheduler_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DPMSolverSDE with the path for its Brownian tree makes what `dpmpp_sde` makes with brownian=True."""
+    if importlib.util.find_spec("torchsde") is None:  # only its Brownian tree is used, which the path replaces
+        stand_in = types.ModuleType("torchsde")
+        stand_in.__spec__ = importlib.machinery.ModuleSpec("torchsde", None)
+        monkeypatch.setitem(sys.modules, "torchsde", stand_in)
+    scheduler = importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde").DPMSolverSDEScheduler
+    stock = scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing")
+    stock.set_timesteps(8)
+    path = BrownianPath(SEEDS, (3, 2))
+    stock.noise_sampler = lambda a, b: path(float(a), float(b)).double() / math.sqrt(abs(float(a) - float(b)))
+    noise = schedules.scaled_linear()
+    den = Denoiser(lambda x, t: torch.sin(2 * x + t.view(-1, 1) / 300) * 0.8, "epsilon", noise=noise)
+    draw = Sampler("dpmpp_sde", timesteps=stock.timesteps.tolist()[::2], brownian=True, progress=False, dtype=torch.float64)
+    y = reference.normal(SEEDS, (3, 2), dtype=torch.float64) / draw.plan(noise).rows[0].point.alpha
+    for t in stock.timesteps:
+        y = stock.step(den.net(stock.scale_model_input(y, t), t.view(1)), t, y).prev_sample
+    torch.testing.assert_close(draw(den, (3, 2), seeds=SEEDS), y.double(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("solver", "order"), [("dpmpp_2m_sde", 1), ("dpmpp_sde", 1), ("seeds_2", 1)])

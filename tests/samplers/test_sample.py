@@ -217,6 +217,26 @@ def test_a_run_in_two_parts_is_the_run(solver: str, noise: schedules.NoiseSchedu
     torch.testing.assert_close(rest, Sampler(solver, sigmas=sigmas, **options)(den, SHAPE, seeds=range(3)), rtol=1e-12, atol=1e-12)
 
 
+def test_cfg_pp_takes_the_unconditional_half_where_it_is_given() -> None:
+    """At scale 1, too, both halves run and the slope is the unconditional one's; without an unconditional half it is the base solver."""
+    shifts, sizes = {"cond": torch.tensor([0.1, 0.2, 0.3]), "uncond": torch.tensor([-0.1, 0.0, 0.1])}, []
+    den = vp(lambda x, t, y: sizes.append(len(x)) or elementwise(x, t, y))
+    base, plus = (Sampler(name, sigmas=[4.0, 1.0, 0.0], progress=False) for name in ("euler", "euler_cfg_pp"))
+    assert torch.equal(
+        base(den, SHAPE, seeds=range(3), cond=shifts["cond"]),
+        plus(den, SHAPE, seeds=range(3), cond=shifts["cond"]),
+    )
+    sizes.clear()
+    got = plus(den, SHAPE, seeds=range(3), **shifts)
+    assert sizes == [6, 3]  # a step to sigma 0 is the guided prediction alone
+    p, q = (row.point for row in plus.plan(VP).rows)
+    x = reference.normal(torch.arange(3), SHAPE, dtype=torch.float64)
+    d, u = (p.alpha * x - p.sigma * elementwise(x, torch.full((3,), p.time), shifts[half]) for half in ("cond", "uncond"))
+    x = q.alpha * d + q.sigma * (x - p.alpha * u) / p.sigma
+    x = q.alpha * x - q.sigma * elementwise(x, torch.full((3,), q.time), shifts["cond"])
+    torch.testing.assert_close(got.double(), x, rtol=1e-5, atol=1e-5)
+
+
 KNOWN = torch.linspace(-0.9, 0.9, math.prod(SHAPE), dtype=torch.float64).view(SHAPE)
 MASK = torch.tensor([0.0, 1.0, 0.25, 1.0], dtype=torch.float64)  # over the last dimension
 
