@@ -66,14 +66,18 @@ class Run:
         if table.launches > 1:
             self.counter += table.launches - table.count[k]
         self.k = k + 1
-        return [t.to(table.trace.dtypes[field]) for field, t in zip(table.returned[k], fields, strict=True)]
+        return self._cast(table.returned[k], fields)
 
     def execute_any(self, model_output: Tensor, sample: Tensor) -> list[Tensor]:
         """The step that the counter points at, by the same operations whichever it is."""
         cond, uncond = self._halves(model_output)
         returned = self.table.returned[0]
         fields = self._launch(self.table.launches, len(returned), cond, uncond, self._worked(sample), None)
-        return [t.to(self.table.trace.dtypes[field]) for field, t in zip(returned, fields, strict=True)]
+        return self._cast(returned, fields)
+
+    def _cast(self, returned: Sequence[int], fields: list[Tensor]) -> list[Tensor]:
+        dtypes = self.table.trace.dtypes
+        return [t if dtypes[field] is self.work else t.to(dtypes[field]) for field, t in zip(returned, fields, strict=True)]
 
     def _launch(self, launches: int, returned: int, cond: Tensor, uncond: Tensor | None, x: Tensor, noise: Tensor | None) -> list[Tensor]:
         table = self.table
@@ -116,7 +120,9 @@ class Run:
         return cond, uncond
 
     def _worked(self, t: Tensor) -> Tensor:
-        return t.to(self.work).contiguous(memory_format=self.layout)
+        if t.dtype is not self.work:
+            t = t.to(self.work)
+        return t.contiguous(memory_format=self.layout)
 
 
 class FusedScheduler:

@@ -275,7 +275,7 @@ def _real(
         return shadow
 
     sample, model = torch.ones(1, 2, 1, 1, dtype=sample_dtype), torch.ones(1, 2, 1, 1, dtype=model_dtype)
-    shadow = start()
+    shadow: Any = start()
     with _Requests(shadow):
         plain = stock.step(shadow, model, timesteps[0], sample, **options, return_dict=False)
     shadow = start()
