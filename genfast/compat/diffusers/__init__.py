@@ -21,7 +21,7 @@ from .pipeline import Report, accelerate, restore
 from .scheduler import FusedScheduler, fuse
 
 # The traits of every class, see FusedScheduler.
-_CLASSES: dict[str, dict[str, Any]] = {
+_TRAITS: dict[str, dict[str, Any]] = {
     "CMStochasticIterativeScheduler": {"scaled": True},
     "CosineDPMSolverMultistepScheduler": {"scaled": True},
     "DDIMInverseScheduler": {"stateless": True},
@@ -78,8 +78,9 @@ def _exact_lms(stock: type) -> type:
     return type(stock.__name__, (stock,), {"get_lms_coefficient": _lms_coefficient})
 
 
-__all__ = ["FusedScheduler", "Report", "accelerate", "restore"]
-for _name, _traits in _CLASSES.items():
+CLASSES: dict[str, Any] = {}  # every fused class by its name
+__all__ = ["CLASSES", "FusedScheduler", "Report", "accelerate", "restore"]
+for _name, _traits in _TRAITS.items():
     _stock = getattr(_diffusers, _name, None)
     if _stock is None or not hasattr(_stock, "step"):
         continue
@@ -88,5 +89,5 @@ for _name, _traits in _CLASSES.items():
         _traits |= {"traced": _exact_lms(_stock)}
     if _name in ("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler"):
         _traits |= {"_path": _path, "pathwise": True}
-    globals()[_name] = fuse(_stock, **_traits)
+    CLASSES[_name] = globals()[_name] = fuse(_stock, **_traits)
     __all__ += [_name]

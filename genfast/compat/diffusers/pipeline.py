@@ -35,7 +35,7 @@ def accelerate(pipe: Any, seeds: Sequence[int] | Tensor | None = None) -> Report
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict):
         raise TypeError(f"pipe: got a {type(pipe).__name__}, supported: a diffusers.DiffusionPipeline")
-    from genfast.compat import diffusers as classes
+    from genfast.compat.diffusers import CLASSES
 
     swapped, left = {}, {}
     originals = pipe.__dict__.setdefault(_ORIGINAL, {})
@@ -44,7 +44,7 @@ def accelerate(pipe: Any, seeds: Sequence[int] | Tensor | None = None) -> Report
             component.seeds = seeds
             swapped[name] = f"{type(component).__name__}, fused already"
         elif hasattr(component, "step") and hasattr(component, "set_timesteps"):
-            fused = getattr(classes, type(component).__name__, None)
+            fused = CLASSES.get(type(component).__name__)
             if fused is None or fused.stock is not type(component):
                 left[name] = f"no fused class for {type(component).__module__}.{type(component).__name__}"
                 continue

@@ -460,9 +460,9 @@ def _frozen(value: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _rebuild(name: str, state: dict[str, Any]) -> Any:
-    from genfast.compat import diffusers as classes
+    from genfast.compat.diffusers import CLASSES
 
-    scheduler = object.__new__(getattr(classes, name))
+    scheduler = object.__new__(CLASSES[name])
     scheduler.__dict__.update(state)
     return scheduler
 

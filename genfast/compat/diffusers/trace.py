@@ -206,7 +206,7 @@ def _shadow(stock: type, state: Mapping[str, Any], dtype: torch.dtype | None) ->
             return value.detach().to("cpu", dtype if dtype is not None and value.is_floating_point() else value.dtype, copy=True)
         return [copied(v) for v in value] if isinstance(value, list) else value
 
-    shadow = object.__new__(stock)
+    shadow: Any = object.__new__(stock)
     shadow.__dict__.update({name: copied(value) for name, value in state.items()})
     return shadow
 
