@@ -292,6 +292,8 @@ class FusedScheduler:
             return 0
         if hasattr(self, "index_for_timestep"):
             return int(self.index_for_timestep(timestep))
+        if at is not None:
+            return at  # a timestep may occur twice
         return int((timesteps == timestep).nonzero()[0])
 
     def _new_run(
