@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from genfast import ops, reference
-from genfast.schedules import Grid, NoiseSchedule, Sigmas, grid
+from genfast.schedules import Grid, NoiseSchedule, Point, Sigmas, grid
 
 from .brownian import BrownianPath, intervals
 from .denoiser import Condition, Denoiser
@@ -99,14 +99,30 @@ class Sampler:
         self.capture, self.check_every = capture, check_every
         self.dtype, self.memory_format = dtype, memory_format
         self.last_seeds: list[int] | None = None  # of the latest call; None after a call with a generator
-        self._recorded: _Run | None = None
+        self._recorded: Run | None = None
 
     def plan(self, noise: NoiseSchedule) -> Plan:
         """The plan this sampler executes on a process: inspect it with `Plan.table` and `Plan.plot`."""
-        return make_plan(self.solver, self._grid(noise), **self.options)
+        return self._plan(self._grid(noise))
+
+    def _plan(self, points: Grid) -> Plan:
+        plan = make_plan(self.solver, points, **self.options)
+        return plan if self.callback is None else plan.with_denoised()
 
     def _grid(self, noise: NoiseSchedule) -> Grid:
         return grid(noise, self.steps, sigmas=self.sigmas, timesteps=self.timesteps)
+
+    def _scales(self, plan: Plan) -> list[float]:
+        scale = self.guidance_scale
+        return [float(scale(plan.noise.sigma_of(row.point)) if callable(scale) else scale) for row in plan.rows]
+
+    def _guided(self, scales: list[float]) -> bool:
+        """Whether any evaluation of the run is guided, where those of its plan have these scales."""
+        return any(g != 1 for g in scales)
+
+    @property
+    def _run(self) -> type[Run]:
+        return Run
 
     @torch.no_grad()
     def __call__(
@@ -137,11 +153,10 @@ class Sampler:
         """
         shape, device = _check_shape(shape), _device(den, device)
         points = self._grid(den.noise)
-        plan = make_plan(self.solver, points, **self.options)
+        plan = self._plan(points)
         plan = plan.without_uncond() if uncond is None else plan.with_uncond_slot()
-        scale = self.guidance_scale
-        scales = [float(scale(den.noise.sigma_of(row.point)) if callable(scale) else scale) for row in plan.rows]
-        guided = any(g != 1 for g in scales) or plan.uncond_slot is not None
+        scales = self._scales(plan)
+        guided = self._guided(scales) or plan.uncond_slot is not None
         tensors = {"init": init, "latent": latent, "known": known}
         self._check_call(shape, device, seeds, generator, uncond, tensors, mask, guided)
         spans = intervals(plan, points.point(points.steps)) if self.brownian else None
@@ -152,10 +167,8 @@ class Sampler:
             return torch.empty(shape, dtype=self.dtype, device=device)
         if generator is not None or spans is not None:
             plan = plan.with_noise_slot()
-        if self.callback is not None:
-            plan = plan.with_denoised()
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            run = _Run(self, den, plan, scales, shape, device, seed_values, generator, spans, (cond, both), tensors, mask)
+            run = self._run(self, den, plan, scales, guided, shape, device, seed_values, generator, spans, (cond, both), tensors, mask)
             if self.capture:
                 if self._recorded is not None and self._recorded.fits(run):
                     self._recorded.adopt(run)
@@ -202,7 +215,7 @@ class Sampler:
             raise ValueError("capture: got True with impl='reference', supported: 'fused', because the reference reads rows on the host")
 
 
-class _Run:
+class Run:
     """The buffers of one call and the loop over them. Every buffer is written in place, so that a captured step can be replayed."""
 
     def __init__(
@@ -211,6 +224,7 @@ class _Run:
         den: Denoiser,
         plan: Plan,
         scales: list[float],
+        both: bool,
         shape: tuple[int, ...],
         device: torch.device,
         seeds: Tensor | None,
@@ -220,26 +234,15 @@ class _Run:
         tensors: Mapping[str, Tensor | None],
         mask: Tensor | None,
     ) -> None:
-        self.sampler, self.den, self.plan = sampler, den, plan
+        self.sampler, self.den, self.device = sampler, den, device
         self.batch, self.generator, self.conditions = shape[0], generator, conditions
-        self.guided = guided = [g != 1 or plan.uncond_slot in row.reads for g, row in zip(scales, plan.rows, strict=True)]
         self.namespace = _NAMESPACES[sampler.impl]
         self.rescale, self.threshold = sampler.guidance_rescale != 0, sampler.threshold is not None
+        self.denoised_slot = None if mask is None else plan.slots
         input_dtype = den.input_dtype(sampler.dtype)
         # The state itself can be the network's input, unless it is scaled, cast or doubled.
-        separate = any(guided) or input_dtype != sampler.dtype or any(den.c_in(row.point) != 1 for row in plan.rows)
-        self.program: Program = plan.compile(
-            den,
-            dtype=sampler.dtype,
-            device=device,
-            guidance=scales,
-            guidance_rescale=sampler.guidance_rescale,
-            clip=sampler.clip,
-            threshold=sampler.threshold,
-            max_threshold=sampler.max_threshold,
-            model_input=separate,
-            denoised_slot=None if mask is None else plan.slots,
-        )
+        self.separate = both or input_dtype != sampler.dtype or any(den.c_in(row.point) != 1 for row in plan.rows)
+        self._load(plan, scales)
         self.seeds = None if seeds is None else seeds.to(device)
         self.spans = spans
         self.path = None if spans is None or self.seeds is None else BrownianPath(self.seeds, shape, impl=sampler.impl)
@@ -250,18 +253,38 @@ class _Run:
             mask = mask.to(self.ring, copy=True)  # later calls of a recording write theirs here
             self.blend = mask, tensors["known"].to(self.ring) * (1 - mask)
         self.model_input: Tensor | None = None
-        if separate:
-            copies = 2 if any(guided) else 1
-            layout = sampler.memory_format
+        if self.separate:
+            copies, layout = 2 if both else 1, sampler.memory_format
             self.model_input = torch.empty((copies * shape[0], *shape[1:]), dtype=input_dtype, device=device, memory_format=layout)
-            first = self.ring[0].to(self.program.coef.dtype) * self.program.c_in[0]
-            self.model_input.copy_(first.repeat(copies, *[1] * (len(shape) - 1)))
+            self._feed()
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
         self.watch = torch.full((shape[0],), _NEVER, dtype=torch.int64, device=device)
         self.warm: set[bool] = set()  # the kinds of step, guided or not, that have run
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         if sampler.capture:
             self.conditions = _clone(conditions[0]), _clone(conditions[1])  # later calls write theirs here
+
+    def _load(self, plan: Plan, scales: list[float]) -> None:
+        self.plan = plan
+        self.guided = [g != 1 or plan.uncond_slot in row.reads for g, row in zip(scales, plan.rows, strict=True)]
+        self.program: Program = plan.compile(
+            self.den,
+            dtype=self.sampler.dtype,
+            device=self.device,
+            guidance=scales,
+            guidance_rescale=self.sampler.guidance_rescale,
+            clip=self.sampler.clip,
+            threshold=self.sampler.threshold,
+            max_threshold=self.sampler.max_threshold,
+            model_input=self.separate,
+            denoised_slot=self.denoised_slot,
+        )
+
+    def _feed(self) -> None:
+        """Write the first evaluation's input, which no row before it has written."""
+        if self.model_input is not None:
+            first = self.ring[0].to(self.program.coef.dtype) * self.program.c_in[0]
+            self.model_input.copy_(first.repeat(len(self.model_input) // self.batch, *[1] * (first.ndim - 1)))
 
     def _buffers(self) -> list[Tensor]:
         """Everything that a recorded step reads or writes."""
@@ -275,11 +298,11 @@ class _Run:
         baked = [len(self.ring), self.seeds is None, self.rescale, self.threshold, values]
         return [*baked, *((b.shape, b.stride(), b.dtype, b.device) for b in self._buffers())]
 
-    def fits(self, other: _Run) -> bool:
+    def fits(self, other: Run) -> bool:
         """Whether a step recorded here is also the other run's."""
         return self.den is other.den and self._signature() == other._signature()
 
-    def adopt(self, other: _Run) -> None:
+    def adopt(self, other: Run) -> None:
         """Become the other run, in this one's memory."""
         for mine, theirs in zip(self._buffers(), other._buffers(), strict=True):
             mine.copy_(theirs)
@@ -358,13 +381,17 @@ class _Run:
             else:
                 self._step(self.guided[k])
             if self.sampler.callback is not None and row.denoised is not None:
-                returned = self.sampler.callback(k, self.den.noise.sigma_of(row.point), self.ring[0], self.ring[row.denoised])  # type: ignore[func-returns-value]
-                if returned is not None:
-                    raise TypeError(f"callback: returned a {type(returned).__name__}, supported: None")
+                self._call_back(k, row.point, row.denoised)
             if self.sampler.check_every and (k + 1) % self.sampler.check_every == 0:
                 self._check_finite()
         self._check_finite()
         return self.ring[0].clone()
+
+    def _call_back(self, step: int, point: Point, denoised: int) -> None:
+        assert self.sampler.callback is not None
+        returned = self.sampler.callback(step, self.den.noise.sigma_of(point), self.ring[0], self.ring[denoised])  # type: ignore[func-returns-value]
+        if returned is not None:
+            raise TypeError(f"callback: returned a {type(returned).__name__}, supported: None")
 
     def _check_finite(self) -> None:
         watch = self.watch.cpu()
