@@ -1,0 +1,181 @@
+"""`accelerate` and `restore`: what they say, what they leave alone, what is saved, copied and called back; seeds through a pipeline."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import diffusers
+import pytest
+import tiny
+import torch
+
+import genfast.compat.diffusers as gfd
+from genfast.ops import normal
+
+EXAMPLES = Path(tiny.__file__).parent
+
+
+def generator(seed=11):
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(pipe, **options):
+    call = {**tiny.text(), "num_inference_steps": 4, "generator": generator(), "output_type": "pt", **options}
+    return pipe(**call).images
+
+
+def with_scheduler(name, **config):
+    pipe = tiny.stable_diffusion()
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **config)
+    return pipe
+
+
+class Mine(diffusers.EulerDiscreteScheduler):
+    """A user's own scheduler."""
+
+
+def assert_same(got, expected):
+    assert expected.std() > 0.02
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", [Mine(), diffusers.DPMSolverMultistepInverseScheduler()])
+def test_other_classes_are_left_and_named(scheduler):
+    pipe = tiny.stable_diffusion()
+    pipe.scheduler = scheduler
+    report = gfd.accelerate(pipe)
+    name = f"{type(scheduler).__module__}.{type(scheduler).__name__}"
+    assert report.left == {"scheduler": f"no fused class for {name}"} and not report.swapped
+    assert pipe.scheduler is scheduler and str(report) == f"scheduler: left, no fused class for {name}"
+    gfd.restore(pipe)
+    assert pipe.scheduler is scheduler
+
+
+@pytest.mark.parametrize("function", [gfd.accelerate, gfd.restore])
+def test_what_is_no_pipeline_is_refused(function):
+    with pytest.raises(TypeError, match=r"^pipe: got a Linear, supported: a diffusers\.DiffusionPipeline$"):
+        function(torch.nn.Linear(2, 2))
+
+
+def test_twice_and_back():
+    pipe = with_scheduler("EulerDiscreteScheduler")
+    stock = pipe.scheduler
+    assert str(gfd.accelerate(pipe)) == "scheduler: EulerDiscreteScheduler, fused"
+    fused = pipe.scheduler
+    assert str(gfd.accelerate(pipe, seeds=[3])) == "scheduler: EulerDiscreteScheduler, fused already"
+    assert pipe.scheduler is fused and fused.seeds == [3]
+    assert type(stock.config) is type(fused.config) and dict(stock.config) == dict(fused.config)
+    gfd.restore(pipe)
+    assert pipe.scheduler is stock
+    gfd.restore(pipe)
+    assert pipe.scheduler is stock
+
+
+def test_restore_respects_a_later_choice_and_a_shared_scheduler():
+    pipe = with_scheduler("EulerDiscreteScheduler")
+    gfd.accelerate(pipe)
+    other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe, requires_safety_checker=False)
+    assert isinstance(other.scheduler, gfd.FusedScheduler)
+    gfd.restore(other)
+    assert type(other.scheduler) is diffusers.EulerDiscreteScheduler
+    chosen = pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    assert chosen.config.beta_schedule == "scaled_linear"
+    gfd.restore(pipe)
+    assert pipe.scheduler is chosen
+
+
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "PNDMScheduler", "LCMScheduler"])
+def test_what_is_saved_names_the_stock_class_and_loads_without_genfast(name, tmp_path):
+    pipe = with_scheduler(name)
+    expected = draw(pipe)
+    gfd.accelerate(pipe)
+    draw(pipe)
+    pipe.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers", name]
+    assert json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == name
+    absent = dict.fromkeys(["text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder"])
+    loaded = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, **absent)
+    assert type(loaded.scheduler) is getattr(diffusers, name)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(loaded), expected)
+    assert type(getattr(gfd, name).from_pretrained(tmp_path, subfolder="scheduler")) is getattr(gfd, name)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler", "DDIMScheduler"])
+def test_copies_go_on_with_the_trajectory(name, how):
+    scheduler = getattr(gfd, name)()
+    scheduler.set_timesteps(6)
+    x, trajectories = torch.randn(2, 4, 8, 8, generator=generator()), []
+    for t in scheduler.timesteps[:3]:
+        x = scheduler.step(torch.tanh(scheduler.scale_model_input(x, t)), t, x).prev_sample
+    for s in (scheduler, how(scheduler)):
+        y = x
+        for t in s.timesteps[3:]:
+            options = {"generator": generator()} if name.startswith("Euler") else {}
+            y = s.step(torch.tanh(s.scale_model_input(y, t)), t, y, **options).prev_sample
+        assert type(s) is getattr(gfd, name) and s.fallback is None
+        trajectories.append(y)
+    assert torch.equal(*trajectories) and not torch.equal(trajectories[0], x)
+
+
+def test_a_copied_pipeline():
+    pipe = with_scheduler("DPMSolverMultistepScheduler")
+    expected = draw(pipe)
+    gfd.accelerate(pipe)
+    draw(pipe)
+    twin = copy.deepcopy(pipe)
+    assert twin.scheduler is not pipe.scheduler
+    assert_same(draw(twin), expected)
+    gfd.restore(twin)
+    assert type(twin.scheduler) is diffusers.DPMSolverMultistepScheduler and isinstance(pipe.scheduler, gfd.FusedScheduler)
+
+
+@pytest.mark.parametrize("name", ["EulerAncestralDiscreteScheduler", "DDPMScheduler", "SASolverScheduler"])
+def test_generators_and_images_per_prompt(name):
+    pipe = with_scheduler(name)
+    lists = {**tiny.text(2), "num_images_per_prompt": 2}
+    expected = draw(pipe, **lists, generator=[generator(k) for k in range(4)])
+    gfd.accelerate(pipe)
+    got = draw(pipe, **lists, generator=[generator(k) for k in range(4)])
+    assert pipe.scheduler.fallback is None and got.shape[0] == 4
+    assert_same(got, expected)
+
+
+def test_callback_on_step_end():
+    seen = {}
+
+    def record(kind):
+        def callback(pipe, step, timestep, values):
+            seen.setdefault(kind, []).append((step, int(timestep), values["latents"].clone()))
+            return {"latents": values["latents"] * 0.9 if step == 1 else values["latents"]}
+
+        return callback
+
+    pipe = with_scheduler("DPMSolverMultistepScheduler")
+    expected = draw(pipe, callback_on_step_end=record("stock"))
+    gfd.accelerate(pipe)
+    got = draw(pipe, callback_on_step_end=record("fused"))
+    assert_same(got, expected)
+    for (i, t, x), (j, u, y) in zip(seen["stock"], seen["fused"], strict=True):
+        assert (i, t) == (j, u)
+        torch.testing.assert_close(y, x, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["EulerAncestralDiscreteScheduler", "DDPMScheduler", "LCMScheduler"])
+def test_with_seeds_a_sample_is_the_same_alone_and_in_a_batch(name):
+    pipe = with_scheduler(name)
+    prompts = tiny.text(3)
+    seeds = torch.tensor([5, 2, 9])
+    gfd.accelerate(pipe, seeds=seeds)
+    together = draw(pipe, **prompts, latents=normal(seeds, (3, 4, 16, 16)), generator=None)
+    for i, seed in enumerate(seeds):
+        gfd.accelerate(pipe, seeds=seed[None])
+        prompt = {key: value[i : i + 1] for key, value in prompts.items()}
+        alone = draw(pipe, **prompt, latents=normal(seed[None], (1, 4, 16, 16)), generator=None)
+        assert_same(alone[0], together[i])
+    gfd.accelerate(pipe, seeds=seeds + 1)
+    assert (draw(pipe, **prompts, latents=normal(seeds, (3, 4, 16, 16)), generator=None) - together).abs().max() > 0.01
