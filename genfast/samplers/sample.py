@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
@@ -18,7 +19,8 @@ from genfast.schedules import Grid, NoiseSchedule, Point, Sigmas, grid
 from .brownian import BrownianPath, intervals
 from .denoiser import Condition, Denoiser
 from .first_order import ddim_inverse
-from .plan import Plan, Program, Table
+from .plan import Plan, Program, Row, Table
+from .rows import large_std, posterior_std
 from .solvers import Solver, find_solver, make_plan
 
 Callback = Callable[[int, float, Tensor, Tensor], None]
@@ -165,10 +167,14 @@ class Sampler:
         both = _stack(uncond, cond, shape[0]) if guided else cond
         if 0 in shape:
             return torch.empty(shape, dtype=self.dtype, device=device)
-        if generator is not None or spans is not None:
+        if any(row.learned for row in plan.rows) and den.variance is None:
+            raise ValueError("variance: got 'learned' for a network that returns none, supported: a Denoiser with variance=")
+        deviations = _deviations(plan, points.point(points.steps))
+        if generator is not None or spans is not None or deviations is not None:
             plan = plan.with_noise_slot()
+        call = _Call(shape, device, seed_values, generator, spans, deviations, guided, (cond, both), tensors, mask)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            run = self._run(self, den, plan, scales, guided, shape, device, seed_values, generator, spans, (cond, both), tensors, mask)
+            run = self._run(self, den, plan, scales, call)
             if self.capture:
                 if self._recorded is not None and self._recorded.fits(run):
                     self._recorded.adopt(run)
@@ -215,6 +221,22 @@ class Sampler:
             raise ValueError("capture: got True with impl='reference', supported: 'fused', because the reference reads rows on the host")
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What one call of a sampler asks for."""
+
+    shape: tuple[int, ...]
+    device: torch.device
+    seeds: Tensor | None
+    generator: torch.Generator | None
+    spans: list[tuple[float, float]] | None  # of every row, the levels whose Brownian increment is its noise
+    deviations: list[tuple[float, float]] | None  # of every row, the logarithms of the standard deviations that a network chooses between
+    guided: bool  # whether any evaluation takes both halves
+    conditions: tuple[Condition, Condition]  # of the conditional half, and of both
+    tensors: Mapping[str, Tensor | None]  # init, latent, known
+    mask: Tensor | None
+
+
 class Run:
     """The buffers of one call and the loop over them. Every buffer is written in place, so that a captured step can be replayed."""
 
@@ -224,37 +246,35 @@ class Run:
         den: Denoiser,
         plan: Plan,
         scales: list[float],
-        both: bool,
-        shape: tuple[int, ...],
-        device: torch.device,
-        seeds: Tensor | None,
-        generator: torch.Generator | None,
-        spans: list[tuple[float, float]] | None,
-        conditions: tuple[Condition, Condition],
-        tensors: Mapping[str, Tensor | None],
-        mask: Tensor | None,
+        call: _Call,
     ) -> None:
+        shape, device, mask, conditions = call.shape, call.device, call.mask, call.conditions
         self.sampler, self.den, self.device = sampler, den, device
-        self.batch, self.generator, self.conditions = shape[0], generator, conditions
+        self.batch, self.generator, self.conditions = shape[0], call.generator, conditions
         self.namespace = _NAMESPACES[sampler.impl]
         self.rescale, self.threshold = sampler.guidance_rescale != 0, sampler.threshold is not None
         self.denoised_slot = None if mask is None else plan.slots
         input_dtype = den.input_dtype(sampler.dtype)
         # The state itself can be the network's input, unless it is scaled, cast or doubled.
-        self.separate = both or input_dtype != sampler.dtype or any(den.c_in(row.point) != 1 for row in plan.rows)
+        self.separate = call.guided or input_dtype != sampler.dtype or any(den.c_in(row.point) != 1 for row in plan.rows)
         self._load(plan, scales)
-        self.seeds = None if seeds is None else seeds.to(device)
-        self.spans = spans
-        self.path = None if spans is None or self.seeds is None else BrownianPath(self.seeds, shape, impl=sampler.impl)
+        self.seeds = None if call.seeds is None else call.seeds.to(device)
+        self.spans = call.spans
+        self.path = None if call.spans is None or self.seeds is None else BrownianPath(self.seeds, shape, impl=sampler.impl)
         self.ring = _ring(plan.slots + (mask is not None), shape, sampler.dtype, device, sampler.memory_format)
-        self._start(shape, tensors["init"], tensors["latent"])
+        # (rows, 2), the logarithms of the small and the large standard deviation, where the network says which
+        self.deviations = None
+        if call.deviations is not None:
+            self.deviations = torch.tensor(call.deviations, dtype=self.program.coef.dtype, device=device)
+        self._start(shape, call.tensors["init"], call.tensors["latent"])
         self.blend: tuple[Tensor, ...] = ()  # the mask, and what is known times one less it
-        if mask is not None and tensors["known"] is not None:
+        known = call.tensors["known"]
+        if mask is not None and known is not None:
             mask = mask.to(self.ring, copy=True)  # later calls of a recording write theirs here
-            self.blend = mask, tensors["known"].to(self.ring) * (1 - mask)
+            self.blend = mask, known.to(self.ring) * (1 - mask)
         self.model_input: Tensor | None = None
         if self.separate:
-            copies, layout = 2 if both else 1, sampler.memory_format
+            copies, layout = 2 if call.guided else 1, sampler.memory_format
             self.model_input = torch.empty((copies * shape[0], *shape[1:]), dtype=input_dtype, device=device, memory_format=layout)
             self._feed()
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
@@ -290,7 +310,7 @@ class Run:
         """Everything that a recorded step reads or writes."""
         fixed = [self.ring[0], self.counter, self.watch, self.program.coef, self.program.index, self.program.times]
         tables = [*(self.program.denoised or ()), *(self.program.uncond or ())]
-        optional = [buffer for buffer in (self.seeds, self.model_input, *self.blend, *tables) if buffer is not None]
+        optional = [buffer for buffer in (self.seeds, self.model_input, self.deviations, *self.blend, *tables) if buffer is not None]
         return [*fixed, *optional, *(value for cond in self.conditions for value in _parts(cond).values() if isinstance(value, Tensor))]
 
     def _signature(self) -> list[object]:
@@ -325,12 +345,14 @@ class Run:
             state.mul_(point.sigma).add_(init.to(state) * point.alpha)  # two roundings everywhere: add_(alpha=) may fuse them on a GPU
 
     def _fill_noise(self, k: int, out: Tensor) -> None:
-        """What row k's slot of noise holds: from the generator, or the Brownian path's increment over its standard deviation."""
-        if self.path is None or self.spans is None:
+        """What row k's slot of noise holds: the Brownian path's increment over its standard deviation, or what its seeds or torch draw."""
+        if self.path is not None and self.spans is not None:
+            a, b = self.spans[k]
+            out.copy_(self.path(a, b).mul_(1 / math.sqrt(a - b)))
+        elif self.seeds is not None:
+            out.copy_(self.namespace.normal(self.seeds, out.shape, draw=self.plan.rows[k].draw, dtype=out.dtype))
+        else:
             self._draw(out)
-            return
-        a, b = self.spans[k]
-        out.copy_(self.path(a, b).mul_(1 / math.sqrt(a - b)))
 
     def _draw(self, out: Tensor) -> None:
         assert self.generator is not None
@@ -343,6 +365,10 @@ class Run:
             x = x[-self.batch :]  # the conditional half
         t = self.program.times.index_select(0, self.counter).expand(len(x))
         out = self.den.evaluate(x, t, self.conditions[guided])
+        if self.den.variance is not None:
+            out, variance = out.chunk(2, 1)
+            if self.deviations is not None:
+                self._scale_noise(variance[-self.batch :])
         shaping = {"rescale": guided and self.rescale, "threshold": self.threshold}
         if guided and self.program.uncond is not None:
             self._execute(out[: self.batch], self.program.uncond)
@@ -353,6 +379,18 @@ class Run:
         rows = self.program.coef, self.program.index
         self._execute(out, rows, seeds=self.seeds, model_input=self.model_input, watch=self.watch, **shaping)
         self.counter += 1
+
+    def _scale_noise(self, variance: Tensor) -> None:
+        """Give the noise the standard deviation that the network says (Nichol and Dhariwal 2021, equation 15)."""
+        assert self.deviations is not None and self.plan.noise_slot is not None
+        variance = variance.to(self.deviations.dtype)
+        if self.den.variance == "learned":
+            log_std = variance * 0.5
+        else:
+            small, large = self.deviations.index_select(0, self.counter)[0]
+            share = (variance + 1) * 0.5
+            log_std = share * large + (1 - share) * small
+        self.ring[self.plan.noise_slot].mul_(log_std.exp())
 
     def _execute(self, out: Tensor, table: Table, **options: Any) -> None:
         self.namespace.solver_step_(self.ring, out, *table, self.counter, **options)
@@ -414,6 +452,15 @@ def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     if not sizes or min(sizes) < 0:
         raise ValueError(f"shape: got {shape}, supported: (B, *sample), integers of at least 0")
     return sizes
+
+
+def _deviations(plan: Plan, end: Point) -> list[tuple[float, float]] | None:
+    """For every row the logarithms of its small and its large standard deviation, where a plan lets the network choose."""
+    if not any(row.learned for row in plan.rows):
+        return None
+    steps = zip(plan.rows, [*plan.rows[1:], Row(end, {})], strict=True)
+    pairs = [(posterior_std(p.point, q.point), large_std(p.point, q.point)) if p.learned else (1.0, 1.0) for p, q in steps]
+    return [(math.log(small), math.log(large)) for small, large in pairs]
 
 
 def _broadcasts(mask: Tensor, shape: tuple[int, ...]) -> bool:
