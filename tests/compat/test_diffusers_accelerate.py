@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import runpy
+import sys
 from pathlib import Path
 
 import diffusers
@@ -179,3 +181,45 @@ def test_with_seeds_a_sample_is_the_same_alone_and_in_a_batch(name):
         assert_same(alone[0], together[i])
     gfd.accelerate(pipe, seeds=seeds + 1)
     assert (draw(pipe, **prompts, latents=normal(seeds, (3, 4, 16, 16)), generator=None) - together).abs().max() > 0.01
+
+
+def run(monkeypatch, name, *arguments):
+    """An example's variables at its end."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+
+def test_example_text_to_image(monkeypatch, tmp_path):
+    end = run(monkeypatch, "text_to_image", "--steps", "4", "--device", "cpu", "--out", str(tmp_path / "out.png"))
+    assert_same(end["fused"], end["stock"])
+    assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+def test_example_class_by_class(monkeypatch, capsys):
+    end = run(monkeypatch, "class_by_class", "--steps", "4")
+    assert capsys.readouterr().out.count("fallback: None") == 3
+    stock = tiny.stable_diffusion()
+    stock.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(end["pipe"].scheduler.config)
+    assert_same(end["image"], draw(stock, generator=generator(0))[0])
+
+
+def test_example_fine_tune(monkeypatch):
+    end = run(monkeypatch, "fine_tune", "--steps", "6")
+    unet, x = end["unet"], end["start"]
+    got = [p.grad.clone() for p in unet.parameters()]
+    stock = diffusers.DDIMScheduler.from_config(end["sampling"].config)
+    stock.set_timesteps(2)
+    for t in stock.timesteps:
+        x = stock.step(unet(x, t, end["text"]).sample, t, x).prev_sample
+    unet.zero_grad()
+    (-x.square().mean()).backward()
+    expected = [p.grad for p in unet.parameters()]
+    largest = max(float(g.abs().max()) for g in expected)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * largest)
+
+
+def test_example_own_loop(monkeypatch):
+    end = run(monkeypatch, "own_loop", "--steps", "4")
+    torch.testing.assert_close(end["alone"], end["together"], rtol=1e-4, atol=1e-4)
+    assert float((end["together"][0] - end["together"][1]).abs().max()) > 1
