@@ -27,12 +27,11 @@ def pytest_configure() -> None:
     import diffusers.schedulers
 
     if os.environ[_FUSED] == "1":
-        import genfast.compat.diffusers as classes
+        from genfast.compat.diffusers import CLASSES
 
-        for name in classes.__all__:
-            if hasattr(diffusers, name):
-                for module in (diffusers, diffusers.schedulers):
-                    setattr(module, name, getattr(classes, name))
+        for name, fused in CLASSES.items():
+            setattr(diffusers, name, fused)
+            setattr(diffusers.schedulers, name, fused)
 
 
 def pytest_runtest_logreport(report: Any) -> None:

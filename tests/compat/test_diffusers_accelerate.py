@@ -183,6 +183,14 @@ def test_with_seeds_a_sample_is_the_same_alone_and_in_a_batch(name):
     assert (draw(pipe, **prompts, latents=normal(seeds, (3, 4, 16, 16)), generator=None) - together).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("seeds, got", [([1, 2], r"torch\.int64 \(2,\)"), ([-1], "-1")])
+def test_wrong_seeds_are_refused(seeds, got):
+    pipe = with_scheduler("EulerAncestralDiscreteScheduler")
+    gfd.accelerate(pipe, seeds=seeds)
+    with pytest.raises(ValueError, match=rf"^seeds: got {got}.*, supported: "):
+        draw(pipe)
+
+
 def run(monkeypatch, name, *arguments):
     """An example's variables at its end."""
     monkeypatch.setattr(sys, "argv", [name, *arguments])

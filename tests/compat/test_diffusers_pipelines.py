@@ -40,7 +40,7 @@ def generator(seed=11):
 
 
 def picture(count=1, seed=5):
-    return torch.rand(count, 3, 32, 32, generator=generator(seed)) * 2 - 1
+    return torch.rand(count, 3, 32, 32, generator=generator(seed))
 
 
 def pixel_unet():
@@ -144,6 +144,27 @@ def sd3():
     return pipe, {**tiny.text(), "pooled_prompt_embeds": pooled[:1], "negative_pooled_prompt_embeds": pooled[1:], "height": 32, "width": 32}
 
 
+def flux():
+    """Latents of three dimensions, and grids shifted by the length of the sequence."""
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=[4, 4, 8],
+    )
+    vae = tiny.vae()
+    vae.register_to_config(shift_factor=0.06)
+    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, use_dynamic_shifting=True)
+    pipe = diffusers.FluxPipeline(scheduler, vae, None, None, None, None, transformer)
+    text = {"prompt_embeds": tiny.text()["prompt_embeds"], "pooled_prompt_embeds": torch.randn(1, 8, generator=generator())}
+    return pipe, {**text, "height": 32, "width": 32, "guidance_scale": 1.0}
+
+
 FAMILIES = {
     "ddpm": ddpm,
     "ddim": ddim,
@@ -154,6 +175,7 @@ FAMILIES = {
     "sdxl": sdxl,
     "dit": dit,
     "sd3": sd3,
+    "flux": flux,
 }
 
 
@@ -191,9 +213,18 @@ def test_same_picture(family):
     assert torch.equal(draw(pipe, options), expected)
 
 
-@pytest.mark.parametrize("name", TEXT_TO_IMAGE)
-def test_same_picture_with_every_scheduler(name):
-    pipe, options = text_to_image()
+STARTS = [
+    "DPMSolverMultistepScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "SASolverScheduler",
+]
+
+
+@pytest.mark.parametrize("name, family", [(name, text_to_image) for name in TEXT_TO_IMAGE] + [(name, image_to_image) for name in STARTS])
+def test_same_picture_with_every_scheduler(name, family):
+    pipe, options = family()
     pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **TEXT_TO_IMAGE[name])
     expected = draw(pipe, options)
     gfd.accelerate(pipe)
