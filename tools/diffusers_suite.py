@@ -65,6 +65,7 @@ def _run(checkout: Path, arguments: list[str], fused: bool) -> tuple[dict[str, s
             "-p",
             "no:cacheprovider",
             "--tb=short",
+            "--disable-warnings",
             "-rN",
             *arguments,
         ]
