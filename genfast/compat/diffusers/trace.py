@@ -250,15 +250,16 @@ def _scale(stock: Any, shadow: Any, basis: _Basis, timestep: Any) -> float:
 class _Requests(TorchFunctionMode):
     """Notes the noise that is asked for, and leaves the random generators alone."""
 
-    def __init__(self, shadow: Any) -> None:
+    def __init__(self, shadow: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.draws: list[Draw] = []
+        self.dtype = dtype  # of noise from a path
         if "noise_sampler" in shadow.__dict__:
             shadow.noise_sampler = self._from_path
 
     def _from_path(self, sigma: Any, sigma_next: Any) -> Tensor:
         self.draws.append(Draw(levels=(sigma, sigma_next)))
-        return torch.zeros(1, 2, 1, 1)
+        return torch.zeros(1, 2, 1, 1, dtype=self.dtype)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in (torch.randn, torch.randn_like):
@@ -287,14 +288,15 @@ def _real(
         return shadow
 
     sample, model = torch.ones(1, 2, 1, 1, dtype=sample_dtype), torch.ones(1, 2, 1, 1, dtype=model_dtype)
+    dtype = torch.promote_types(sample_dtype, model_dtype)
     shadow: Any = start()
-    with _Requests(shadow):
+    with _Requests(shadow, dtype):
         plain = stock.step(shadow, model, timesteps[0], sample, **options, return_dict=False)
     shadow = start()
     structured: Any = None
     draws: list[list[Draw]] = []
     for timestep in timesteps:
-        with _Requests(shadow) as requests:
+        with _Requests(shadow, dtype) as requests:
             result = stock.step(shadow, model, timestep, sample, **options)
         structured = result if structured is None else structured
         draws.append(requests.draws)
