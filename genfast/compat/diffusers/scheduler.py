@@ -58,7 +58,7 @@ class Run:
     sources: tuple[Any, ...]  # the attributes that the table was made from
     path: BrownianPath | None = None  # where the noise of seeds comes from, if not from the kernel
     k: int = 0  # the next step, as far as the host knows
-    on_device: bool = False  # compiled steps have run: only the counter knows the next one
+    on_device: bool = False  # deferred steps have run: only the counter knows the next one
     differentiable: bool = False  # the ring is part of an autograd graph
 
     def execute(self, k: int, model_output: Tensor, sample: Tensor, noise: Tensor | None) -> list[Tensor]:
@@ -210,8 +210,8 @@ class FusedScheduler:
         run = self._run
         if run is None or not self._goes_on(run) or run.kind != _kind(model_output, timestep, sample, traced, seeds, guidance):
             run = self._start(model_output, timestep, sample, traced, seeds, guidance)
-        if torch.compiler.is_compiling():
-            return self._compiled_step(run, model_output, timestep, sample, return_dict)
+        if _deferred(sample):
+            return self._deferred_step(run, model_output, timestep, sample, return_dict)
         k = None if run is None or (self.stateless and given is not None and generator is not None) else self._position(run, timestep)
         if run is None or k is None:
             if guidance is not None:
@@ -224,11 +224,12 @@ class FusedScheduler:
         )
         return _result(run.table, run.table.returned[k], run.execute(k, model_output, sample, noise), return_dict)
 
-    def _compiled_step(self, run: Run | None, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool) -> Any:
-        """For a compiler: nothing depends on which step it is but the device's counter."""
+    def _deferred_step(self, run: Run | None, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool) -> Any:
+        """For a compiler or a CUDA graph: nothing depends on which step it is but the device's counter."""
         if run is None or run.table.noisy or len(set(run.table.returned)) > 1:
             reason = self.fallback if run is None else "noise from a torch.Generator" if run.table.noisy else "steps of different results"
-            raise ValueError(f"step: got {reason} under torch.compile, supported there: seeds= and steps that the kernel can execute")
+            where = "under torch.compile and in CUDA graphs"
+            raise ValueError(f"step: got {reason} {where}, supported there: seeds= and steps that the kernel can execute")
         run.on_device = True
         if self.stateless:
             match = run.timesteps == timestep
@@ -264,6 +265,8 @@ class FusedScheduler:
     def _noise(self, run: Run, k: int, model_output: Tensor, sample: Tensor, generator: Any) -> Tensor | None:
         """The noise of step ``k`` from torch, drawn as the stock class draws it."""
         noise = None
+        if self.pathwise and run.path is None:  # the stock class makes its path, and draws its seed, in steps without noise too
+            self._path(model_output, sample, generator)
         for number, draw in enumerate(run.table.trace.steps[k].draws if run.table.noisy else ()):
             if draw.levels is not None and run.path is not None:
                 a, b = map(float, draw.levels)
@@ -280,6 +283,7 @@ class FusedScheduler:
         """The function of two noise levels that the stock class takes its noise from, where it does."""
         raise NotImplementedError
 
+    @torch.compiler.disable(reason="the first step of a trajectory makes tables on the host; call prepare(sample) before")
     def _start(
         self, model_output: Any, timestep: Any, sample: Any, options: Mapping[str, Any], seeds: Any, guidance: float | None
     ) -> Run | None:
@@ -446,6 +450,11 @@ class FusedScheduler:
         return found, host.tolist()
 
 
+def _deferred(sample: Any) -> bool:
+    """Whether what is called now runs later, any number of times: compiled, or recorded in a CUDA graph."""
+    return torch.compiler.is_compiling() or (isinstance(sample, Tensor) and sample.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def _kind(model_output: Any, timestep: Any, sample: Any, options: Mapping[str, Any], seeds: Any, guidance: float | None) -> tuple[Any, ...]:
     """What a run was made for; a call of another kind needs another one."""
     return (
@@ -475,7 +484,7 @@ def _scale_model_input(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> 
     """As the stock class's. One multiplication, once the trajectory has begun."""
     run: Run | None = self._run
     scaled: Tensor
-    if run is not None and (torch.compiler.is_compiling() or run.on_device):
+    if run is not None and (_deferred(sample) or run.on_device):
         scaled = sample * run.scales.index_select(0, run.counter // run.table.launches).to(sample.dtype)
     elif run is not None and run.k < len(run.times) and self._goes_on(run):
         self.is_scale_input_called = True
