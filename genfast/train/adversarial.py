@@ -89,7 +89,7 @@ def gradient_penalty(logits: Tensor, x: Tensor, center: float = 0.0) -> Tensor:
     The gradient is that of the sum of the logits, so it is each sample's own only where the discriminator treats samples alone.
     """
     (g,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
-    if center == 0:
+    if center == 0:  # the same as below, in fewer kernels
         return g.square().flatten(1).sum(1)
     norms: Tensor = torch.linalg.vector_norm(g.flatten(1), dim=1)
     return (norms - center).square()
