@@ -81,6 +81,16 @@ def _exact_lms(stock: type) -> type:
     return type(stock.__name__, (stock,), {"get_lms_coefficient": _lms_coefficient})
 
 
+def _short_ipndm(stock: Any) -> type:
+    """Stock reads its last four outputs and keeps them all."""
+
+    def step(self: Any, *args: Any, **options: Any) -> Any:
+        self.ets = self.ets[-3:]
+        return stock.step(self, *args, **options)
+
+    return type(stock.__name__, (stock,), {"step": step})
+
+
 CLASSES: dict[str, Any] = {}  # every fused class by its name
 __all__ = ["CLASSES", "FusedScheduler", "Report", "accelerate", "restore"]
 for _name, _traits in _TRAITS.items():
@@ -90,6 +100,8 @@ for _name, _traits in _TRAITS.items():
     _traits = dict(_traits)
     if _name == "LMSDiscreteScheduler":
         _traits |= {"traced": _exact_lms(_stock)}
+    if _name == "IPNDMScheduler":
+        _traits |= {"traced": _short_ipndm(_stock)}
     if _name in ("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler"):
         _traits |= {"_path": _path, "pathwise": True}
     CLASSES[_name] = globals()[_name] = fuse(_stock, **_traits)
