@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 Term = str | int
 Vector = dict[Term, float]
 
+_OTHER_NOISE = {torch.rand, torch.rand_like, torch.randint, torch.randint_like, torch.randperm, torch.normal, torch.bernoulli}
 _SCRATCH = ("x", "m", "d", "noise0", "noise1", "noise2")
 
 
@@ -158,7 +159,7 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (torch.randn, torch.randn_like):
-            shape = args[0].shape if func is torch.randn_like else (args[0] if len(args) == 1 else args)
+            shape = args[0].shape if func is torch.randn_like else args if isinstance(args[0], int) else args[0]
             if tuple(shape) != self.basis.shape:
                 raise NotLinear(f"noise of shape {tuple(shape)}")
             return self._noise()
@@ -262,6 +263,8 @@ class _Requests(TorchFunctionMode):
         return torch.zeros(1, 2, 1, 1, dtype=self.dtype)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _OTHER_NOISE:
+            raise NotLinear("noise that is not normal")
         if func not in (torch.randn, torch.randn_like):
             return func(*args, **(kwargs or {}))
         options = {key: value for key, value in (kwargs or {}).items() if key != "generator"}
