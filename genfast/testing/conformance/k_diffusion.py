@@ -49,6 +49,7 @@ AXES: dict[str, Axes] = {
     "sample_lms": {**_END, "order": _step("order", 4, 3, 2, 1)},
     "sample_dpm_fast": {**_NOISE, "ends": _run("ends", (_LOW, _HIGH), (0.5, 2.0), (0.0, _HIGH))},
     "sample_dpm_adaptive": {
+        "dtype": _run("dtype", torch.float32, torch.float64),  # in float16 its steps follow from the rounding
         **_NOISE,
         "ends": _run("ends", (_LOW, _HIGH), (0.5, 2.0), (0.0, _HIGH)),
         "order": _step("order", 3, 2, 1),
