@@ -124,6 +124,23 @@ def test_copies_go_on_with_the_trajectory(name, how):
     assert torch.equal(*trajectories) and not torch.equal(trajectories[0], x)
 
 
+@pytest.mark.parametrize("before", [2, 5, 8])
+def test_ipndm_leaves_its_outputs_to_the_next_trajectory(before):
+    """Stock empties them in `set_timesteps` alone: after `_step_index = None` the first step is of the order that they allow."""
+    states = []
+    for module in (diffusers, gfd):
+        s = module.IPNDMScheduler()
+        s.set_timesteps(8)
+        for count in (before, 3):
+            x = torch.randn(2, 4, 8, 8, generator=generator(), dtype=torch.float64)
+            for t in s.timesteps[:count]:
+                x = s.step(torch.tanh(x + t), t, x).prev_sample
+            states.append(x)
+            s._step_index = None
+    for expected, got in zip(states[:2], states[2:], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_a_copied_pipeline():
     pipe = with_scheduler("DPMSolverMultistepScheduler")
     expected = draw(pipe)

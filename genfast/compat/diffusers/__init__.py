@@ -40,7 +40,7 @@ _TRAITS: dict[str, dict[str, Any]] = {
     "FlowMatchHeunDiscreteScheduler": {},
     "FlowMatchLCMScheduler": {},
     "HeunDiscreteScheduler": {"scaled": True},
-    "IPNDMScheduler": {},
+    "IPNDMScheduler": {"lasting": "ets"},
     "KDPM2AncestralDiscreteScheduler": {"scaled": True},
     "KDPM2DiscreteScheduler": {"scaled": True},
     "LCMScheduler": {"timed": True},
@@ -85,8 +85,9 @@ def _short_ipndm(stock: Any) -> type:
     """Stock reads its last four outputs and keeps them all."""
 
     def step(self: Any, *args: Any, **options: Any) -> Any:
+        result = stock.step(self, *args, **options)
         self.ets = self.ets[-3:]
-        return stock.step(self, *args, **options)
+        return result
 
     return type(stock.__name__, (stock,), {"step": step})
 

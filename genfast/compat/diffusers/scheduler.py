@@ -151,6 +151,7 @@ class FusedScheduler:
     stateless: ClassVar[bool] = False  # a step depends on its timestep alone
     timed: ClassVar[bool] = False  # a step reads its timestep even where it counts its steps
     scaled: ClassVar[bool] = False  # scale_model_input is not the identity
+    lasting: ClassVar[str] = ""  # an attribute, a list of tensors, that a trajectory leaves to the next one
     extra_names: ClassVar[tuple[str, ...]]  # the parameters of step after sample
 
     seeds: Sequence[int] | Tensor | None = None
@@ -171,6 +172,10 @@ class FusedScheduler:
                 raise ValueError(f"_step_index: got {value}, supported: {self._step_index}, because the steps keep tensors, and None")
             run.k = value - run.begin
             run.counter.fill_(run.k * run.table.launches)
+        if value is None and run is not None and self.lasting and (k := int(run.counter) // run.table.launches):
+            held = run.table.trace.steps[k - 1].held
+            kept = [run.ring[run.table.slots[number] - 1] for (name, _), number in held.items() if name == self.lasting]
+            setattr(self, self.lasting, kept)
         self._index = value
         if value is None:
             self._run, self.fallback = None, None
@@ -435,7 +440,7 @@ class FusedScheduler:
                     scaled=self.scaled, kept_shape=shape, sample_dtype=sample.dtype, model_dtype=model_dtype,
                 )  # fmt: skip
                 wide = torch.float64 if torch.float64 in (sample.dtype, model_dtype, *traced.dtypes) else torch.float32
-                table = build(traced, seeded=seeded, guidance=guidance or 1.0, wide=wide, device=sample.device)
+                table = build(traced, seeded=seeded, guidance=guidance or 1.0, wide=wide, device=sample.device, lasting=self.lasting)
             except NotLinear as error:
                 found = str(error)
             else:

@@ -45,6 +45,7 @@ class Step:
 
     returned: tuple[Vector | None, ...]
     kept: Mapping[int, Vector]
+    held: Mapping[tuple[str, int | None], int]  # the attributes that hold values after it, and which
     scale: float  # of scale_model_input
     convert: tuple[float, float]  # (ax, am) of d = ax * x + am * m
     clip: float
@@ -110,7 +111,7 @@ def trace(
         if len(requests[k]) != recorder.draws:
             raise NotLinear("noise that depends on the values of the tensors")
         draws = tuple(requests[k])
-        steps.append(Step(returned, kept, scale, recorder.convert, recorder.clip, recorder.quantile, recorder.max_threshold, draws))
+        steps.append(Step(returned, kept, after, scale, recorder.convert, recorder.clip, recorder.quantile, recorder.max_threshold, draws))
     return Trace(steps, initial, output, in_tuple, dtypes)
 
 
