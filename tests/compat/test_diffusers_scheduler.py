@@ -177,6 +177,13 @@ def out_of_order(s: Any) -> Outputs:
     return [run(s, start(s), [s.timesteps[k]], gen(k))[0] for k in (3, 1, 1, 5, 0)]
 
 
+def with_timesteps_that_are_not_next(s: Any) -> Outputs:
+    if type(s).__name__ not in ("LCMScheduler", "TCDScheduler"):
+        return []
+    s.set_timesteps(5)
+    return run(s, start(s), s.timesteps[[0, 2, 1, 3]], gen())
+
+
 def twice_at_one_index(s: Any) -> Outputs:
     """As the cosmos pipelines: a step, ``_step_index -= 1``, the step again."""
     if type(s).__name__ not in ("EulerDiscreteScheduler", "EDMEulerScheduler", "EulerAncestralDiscreteScheduler"):
@@ -243,8 +250,8 @@ def in_many_steps(s: Any) -> Outputs:
 SCENARIOS = [
     from_the_middle, from_the_middle_unannounced, one_trajectory_after_another, copied_on_the_way, two_states_in_turn,
     in_inference_mode_and_out, under_autocast, of_other_strides, of_any_rank, of_two_dtypes, of_given_sigmas_or_timesteps, out_of_order,
-    twice_at_one_index, with_noise_of_the_global_generator, with_a_generator_for_every_sample, with_numbers_for_timesteps,
-    with_other_sigmas_on_the_way, with_another_config_on_the_way, in_one_step, in_two_steps, in_many_steps,
+    with_timesteps_that_are_not_next, twice_at_one_index, with_noise_of_the_global_generator, with_a_generator_for_every_sample,
+    with_numbers_for_timesteps, with_other_sigmas_on_the_way, with_another_config_on_the_way, in_one_step, in_two_steps, in_many_steps,
 ]  # fmt: skip
 
 
@@ -523,6 +530,26 @@ def test_gradients_are_those_of_stock(name: str) -> None:
             assert float((p - q).abs().max()) < 2e-5 * max(1, float(p.abs().max()))
 
 
+@pytest.mark.parametrize("config", [{}, {"thresholding": True}, {"solver_order": 3}], ids=str)
+@pytest.mark.parametrize("without", [None, 2])
+def test_gradients_through_what_is_kept(config: dict[str, Any], without: int | None) -> None:
+    """The sample is cut off between steps, and one step records nothing: what is left goes through the history alone."""
+    inputs, weight = tensors(7), torch.linspace(-1, 1, 8, dtype=torch.float64).view(1, 2, 2, 2)
+    gradients = []
+    for module in (diffusers, fused):
+        s = make(module, "DPMSolverMultistepScheduler", **config)
+        s.set_timesteps(8)
+        given = [t.detach().requires_grad_() for t in inputs]
+        x, total = given[0], torch.zeros((), dtype=torch.float64)
+        for k, t in enumerate(s.timesteps[:6]):
+            with torch.set_grad_enabled(k != without):
+                x = s.step(given[k + 1], t, x.detach(), return_dict=False)[0]
+            total = total + (x * weight).sum() * (k + 1)
+        gradients.append(torch.autograd.grad(total, given[1:], allow_unused=True, materialize_grads=True))
+    for p, q in zip(*gradients, strict=True):
+        assert float((p - q).abs().max()) < 2e-5 * max(1, float(p.abs().max()))
+
+
 @pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
 def test_gradcheck(name: str) -> None:
     def function(x: Tensor, *outs: Tensor) -> Tensor:
@@ -636,6 +663,17 @@ def test_compiled_without_preparation() -> None:
             for k, t in enumerate(s.timesteps):
                 x = step(torch.tanh(x * 1.3 + t.float() / 1000), t, x, return_dict=False)[0]
                 assert torch.equal(x, states[k + 1])
+    torch._dynamo.reset()
+
+
+def test_a_compiled_step_refuses_a_gradient() -> None:
+    s = make(fused, "DPMSolverMultistepScheduler")
+    s.set_timesteps(5)
+    x = start(s)
+    s.prepare(x)
+    step = torch.compile(lambda out, t: s.step(out, t, x, return_dict=False)[0], backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="a tensor that requires grad"):
+        step(x.clone().requires_grad_(), s.timesteps[0])
     torch._dynamo.reset()
 
 

@@ -59,7 +59,7 @@ class Run:
     path: BrownianPath | None = None  # where the noise of seeds comes from, if not from the kernel
     k: int = 0  # the next step, as far as the host knows
     on_device: bool = False  # deferred steps have run: only the counter knows the next one
-    differentiable: bool = False  # the ring is part of an autograd graph
+    differentiable: bool = False  # the ring is part of an autograd graph, and no longer written in place
 
     def execute(self, k: int, model_output: Tensor, sample: Tensor, noise: Tensor | None) -> list[Tensor]:
         """Step ``k``, whose first row the counter points at: new tensors for the fields that it returns."""
@@ -67,11 +67,9 @@ class Run:
         cond, uncond = self._halves(model_output)
         x = self._worked(sample)
         noise = None if noise is None else self._worked(noise)
-        if _autograd.wanted((sample, model_output, *self.ring) if self.differentiable else (sample, model_output)):
+        if self.differentiable or _autograd.wanted((sample, model_output)):
             fields = self._differentiable(k, cond, uncond, x, noise)
         else:
-            if self.differentiable:  # a graph may need what the ring holds
-                self.ring, self.differentiable = [t.detach().clone() for t in self.ring], False
             with torch._C._AutoDispatchBelowAutograd():  # no input asks for a derivative
                 fields = self._launch(table.count[k], len(table.returned[k]), cond, uncond, x, noise)
         if table.launches > 1:
@@ -235,6 +233,8 @@ class FusedScheduler:
             reason = self.fallback if run is None else "noise from a torch.Generator" if run.table.noisy else "steps of different results"
             where = "under torch.compile and in CUDA graphs"
             raise ValueError(f"step: got {reason} {where}, supported there: seeds= and steps that the kernel can execute")
+        if _autograd.wanted((sample, model_output, *run.ring)):
+            raise ValueError("step: got a tensor that requires grad under torch.compile, supported: tensors without, or the step outside")
         run.on_device = True
         if self.stateless:
             match = run.timesteps == timestep
