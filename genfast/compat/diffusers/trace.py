@@ -135,9 +135,11 @@ class _Basis:
             raise NotLinear(f"a tensor of shape {tuple(tensor.shape)} where one of {self.shape} went in")
         *coefficients, combined, constant = tensor.detach().double().flatten().tolist()
         size = max(map(abs, coefficients))
+        if not all(map(math.isfinite, (*coefficients, combined))):
+            raise NotLinear("factors that are not finite")
         expected = math.fsum(c * w for c, w in zip(coefficients, self.weights.tolist(), strict=True))
         scale = math.fsum(abs(c * w) for c, w in zip(coefficients, self.weights.tolist(), strict=True))
-        if constant != 0 or not math.isfinite(size) or abs(combined - expected) > 1e-6 * scale:
+        if constant != 0 or abs(combined - expected) > 1e-6 * scale:
             raise NotLinear("a result that is not linear in the sample, the model output and the noise")
         # What cancelled to rounding error is not there; 1.0 is exactly an input.
         return {term: c for term, c in zip(self.terms, coefficients, strict=True) if abs(c) > 1e-13 * size}
