@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import pickle
 import runpy
@@ -106,7 +107,16 @@ def test_what_is_saved_names_the_stock_class_and_loads_without_genfast(name, tmp
     assert type(getattr(gfd, name).from_pretrained(tmp_path, subfolder="scheduler")) is getattr(gfd, name)
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def saved_and_loaded(x):
+    buffer = io.BytesIO()
+    torch.save(x, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), saved_and_loaded], ids=["deepcopy", "pickle", "save"]
+)
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler", "DDIMScheduler"])
 def test_copies_go_on_with_the_trajectory(name, how):
     scheduler = getattr(gfd, name)()
@@ -200,7 +210,7 @@ def test_with_seeds_a_sample_is_the_same_alone_and_in_a_batch(name):
     assert (draw(pipe, **prompts, latents=normal(seeds, (3, 4, 16, 16)), generator=None) - together).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("seeds, got", [([1, 2], r"torch\.int64 \(2,\)"), ([-1], "-1")])
+@pytest.mark.parametrize("seeds, got", [([1, 2], r"torch\.int64 \(2,\)"), ([-1], "-1"), ([1.5], r"torch\.float32")])
 def test_wrong_seeds_are_refused(seeds, got):
     pipe = with_scheduler("EulerAncestralDiscreteScheduler")
     gfd.accelerate(pipe, seeds=seeds)

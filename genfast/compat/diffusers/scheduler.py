@@ -61,6 +61,13 @@ class Run:
     on_device: bool = False  # deferred steps have run: only the counter knows the next one
     differentiable: bool = False  # the ring is part of an autograd graph, and no longer written in place
 
+    def __getstate__(self) -> dict[str, Any]:
+        # torch.save cannot write a memory format.
+        return {**self.__dict__, "layout": str(self.layout).removeprefix("torch.")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, layout=getattr(torch, state["layout"]))
+
     def execute(self, k: int, model_output: Tensor, sample: Tensor, noise: Tensor | None) -> list[Tensor]:
         """Step ``k``, whose first row the counter points at: new tensors for the fields that it returns."""
         table = self.table
@@ -298,7 +305,7 @@ class FusedScheduler:
             return None  # the stock class is under way
         kind = _kind(model_output, timestep, sample, options, seeds, guidance)
         if seeds is not None and isinstance(sample, Tensor):
-            seeds = torch.as_tensor(seeds, dtype=torch.int64).to(sample.device)
+            seeds = torch.as_tensor(seeds).to(sample.device)
             check_seeds(seeds, len(sample), sample.device)
         try:
             begin = 0 if self.stateless else self._begin(timestep) if run is None else run.begin
