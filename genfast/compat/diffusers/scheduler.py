@@ -295,7 +295,7 @@ class FusedScheduler:
         """The function of two noise levels that the stock class takes its noise from, where it does."""
         raise NotImplementedError
 
-    @torch.compiler.disable(reason="the first step of a trajectory makes tables on the host; call prepare(sample) before")
+    @torch.compiler.disable(reason="the first step of a trajectory makes tables on the host; call prepare(sample) before")  # type: ignore[untyped-decorator]
     def _start(
         self, model_output: Any, timestep: Any, sample: Any, options: Mapping[str, Any], seeds: Any, guidance: float | None
     ) -> Run | None:
