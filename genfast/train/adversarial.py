@@ -204,7 +204,7 @@ class AdversarialStep:
             if value.shape != self.inputs[name].shape:
                 raise ValueError(f"{name}: got shape {tuple(value.shape)}, supported: {tuple(self.inputs[name].shape)}")
         for name, value in inputs.items():
-            self.inputs[name].copy_(value, non_blocking=True)
+            self.inputs[name].copy_(value)
 
     @torch.compiler.disable(reason="torch.compile: got a phase of AdversarialStep, supported: AdversarialStep(compile=True)")  # type: ignore[untyped-decorator]
     def run(self, phases: Iterable[str]) -> None:
