@@ -25,7 +25,7 @@ def trajectory(scheduler: Any, sample: Tensor, model_output: Tensor) -> Callable
     options: dict[str, Any] = {"return_dict": False}
     if "generator" in inspect.signature(scheduler.step).parameters and getattr(scheduler, "seeds", None) is None:
         options["generator"] = generator
-    synchronize = torch.cuda.synchronize if sample.is_cuda else lambda: None
+    synchronize: Callable[[], None] = torch.cuda.synchronize if sample.is_cuda else lambda: None
 
     def run() -> float:
         scheduler.set_timesteps(STEPS, device=sample.device)

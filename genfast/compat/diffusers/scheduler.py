@@ -14,7 +14,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,122 +22,20 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from genfast.ops import _autograd, _backend, solver_step
+from genfast.ops import _autograd
 from genfast.ops._checks import check_seeds
 from genfast.reference.solver_step import layout_of
 from genfast.samplers import BrownianPath
 
+from .run import Run
 from .table import Table, build
 from .trace import NotLinear, trace
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _OWN = ("_run", "_index", "fallback", "seeds")  # what a fused class adds to the stock class's attributes
-_SOURCES = ("timesteps", "sigmas", "_internal_dict")  # what a step depends on, besides `set_timesteps`
 _MAX_TABLES = 64
 _tables: OrderedDict[Any, Table | str] = OrderedDict()  # by what they were made from; a string says why there is none
 _tables_lock = threading.Lock()
-
-
-@dataclass(eq=False)
-class Run:
-    """One trajectory under way: a table, the values kept between its steps, and where it is."""
-
-    table: Table
-    begin: int
-    times: list[float]  # of its steps, on the host
-    timesteps: Tensor  # the same, on the device
-    scales: Tensor  # the factors of scale_model_input, on the device
-    kind: tuple[Any, ...]  # what `step` was called with, see _kind
-    work: torch.dtype
-    layout: torch.memory_format
-    ring: list[Tensor]
-    seeds: Tensor | None
-    guided: bool
-    counter: Tensor  # (1,) int64 on the device: the next row
-    sources: tuple[Any, ...]  # the attributes that the table was made from
-    path: BrownianPath | None = None  # where the noise of seeds comes from, if not from the kernel
-    k: int = 0  # the next step, as far as the host knows
-    on_device: bool = False  # deferred steps have run: only the counter knows the next one
-    differentiable: bool = False  # the ring is part of an autograd graph, and no longer written in place
-
-    def __getstate__(self) -> dict[str, Any]:
-        # torch.save cannot write a memory format.
-        return {**self.__dict__, "layout": str(self.layout).removeprefix("torch.")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, layout=getattr(torch, state["layout"]))
-
-    def execute(self, k: int, model_output: Tensor, sample: Tensor, noise: Tensor | None) -> list[Tensor]:
-        """Step ``k``, whose first row the counter points at: new tensors for the fields that it returns."""
-        table = self.table
-        cond, uncond = self._halves(model_output)
-        x = self._worked(sample)
-        noise = None if noise is None else self._worked(noise)
-        if self.differentiable or _autograd.wanted((sample, model_output)):
-            fields = self._differentiable(k, cond, uncond, x, noise)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():  # no input asks for a derivative
-                fields = self._launch(table.count[k], len(table.returned[k]), cond, uncond, x, noise)
-        if table.launches > 1:
-            self.counter += table.launches - table.count[k]
-        self.k = k + 1
-        return self._cast(table.returned[k], fields)
-
-    def execute_any(self, model_output: Tensor, sample: Tensor) -> list[Tensor]:
-        """The step that the counter points at, by the same operations whichever it is."""
-        cond, uncond = self._halves(model_output)
-        returned = self.table.returned[0]
-        fields = self._launch(self.table.launches, len(returned), cond, uncond, self._worked(sample), None)
-        return self._cast(returned, fields)
-
-    def _cast(self, returned: Sequence[int], fields: list[Tensor]) -> list[Tensor]:
-        dtypes = self.table.trace.dtypes
-        return [t if dtypes[field] is self.work else t.to(dtypes[field]) for field, t in zip(returned, fields, strict=True)]
-
-    def _launch(self, launches: int, returned: int, cond: Tensor, uncond: Tensor | None, x: Tensor, noise: Tensor | None) -> list[Tensor]:
-        table = self.table
-        fields = [torch.empty_like(x) for _ in range(returned)]
-        slots = [x, *self.ring, *([x if noise is None else noise] if table.noisy else []), *fields]
-        for _ in range(launches):
-            _backend.namespace.solver_step_slots_(
-                slots, cond, uncond, table.coef, table.index, self.counter, self.seeds, None, None, False, table.threshold
-            )
-            self.counter += 1
-        return fields
-
-    def _differentiable(self, k: int, cond: Tensor, uncond: Tensor | None, x: Tensor, noise: Tensor | None) -> list[Tensor]:
-        table = self.table
-        slots = dict(enumerate([x, *self.ring, *([x if noise is None else noise] if table.noisy else [])]))
-        for row in range(k * table.launches, k * table.launches + table.count[k]):
-            _, outputs, terms, *used = table.index[row].tolist()
-            written = solver_step(
-                [x, *(slots[slot] for slot in used[:terms])],
-                cond,
-                table.coef[row],
-                table.index[row],
-                uncond=uncond,
-                seeds=self.seeds,
-                outputs=outputs,
-                threshold=table.threshold,
-            )
-            slots.update(zip(used[6 : 6 + outputs], written, strict=True))
-        self.counter += table.count[k]
-        self.ring, self.differentiable = [slots[1 + j] for j in range(table.ring)], True
-        first = 1 + table.ring + table.noisy
-        return [slots[first + j] for j in range(len(table.returned[k]))]
-
-    def _halves(self, model_output: Tensor) -> tuple[Tensor, Tensor | None]:
-        if model_output.dtype in (torch.bfloat16, torch.float16) and self.work == torch.float64:
-            model_output = model_output.float()  # exact; the kernel widens from there
-        if not self.guided:
-            return model_output.contiguous(memory_format=self.layout), None
-        uncond, cond = model_output.contiguous(memory_format=self.layout).chunk(2)
-        return cond, uncond
-
-    def _worked(self, t: Tensor) -> Tensor:
-        if t.dtype is not self.work:
-            t = t.to(self.work)
-        return t.contiguous(memory_format=self.layout)
 
 
 class FusedScheduler:
@@ -157,7 +54,8 @@ class FusedScheduler:
     timed: ClassVar[bool] = False  # a step reads its timestep even where it counts its steps
     scaled: ClassVar[bool] = False  # scale_model_input is not the identity
     lasting: ClassVar[str] = ""  # an attribute, a list of tensors, that a trajectory leaves to the next one
-    extra_names: ClassVar[tuple[str, ...]]  # the parameters of step after sample
+    extra_names: ClassVar[tuple[str, ...]]  # the parameters of step after sample, in order
+    known: ClassVar[frozenset[str]]  # the same
 
     seeds: Sequence[int] | Tensor | None = None
     fallback: str | None = None
@@ -211,7 +109,7 @@ class FusedScheduler:
             if len(names) < len(args) or not options.keys().isdisjoint(names):
                 return self.stock.step(self, model_output, timestep, sample, *args, **options)  # raises TypeError
             options.update(zip(names, args, strict=True))
-        if not options.keys() <= set(self.extra_names):
+        if not options.keys() <= self.known:
             return self.stock.step(self, model_output, timestep, sample, **options)  # raises TypeError
         traced = dict(options)
         return_dict, generator = traced.pop("return_dict", True), traced.pop("generator", None)
@@ -334,12 +232,12 @@ class FusedScheduler:
         return new
 
     def _sources(self) -> tuple[Any, ...]:
-        return tuple(map(self.__dict__.get, _SOURCES))
+        return self.__dict__.get("timesteps"), self.__dict__.get("sigmas"), self.__dict__.get("_internal_dict")
 
     def _goes_on(self, run: Run) -> bool:
         """Whether what the table was made from is still there. Pipelines replace it, even between two steps."""
-        attributes = self.__dict__
-        return all(attributes.get(name) is source for name, source in zip(_SOURCES, run.sources, strict=True))
+        get, (timesteps, sigmas, config) = self.__dict__.get, run.sources  # written out: every step comes through here
+        return get("timesteps") is timesteps and get("sigmas") is sigmas and get("_internal_dict") is config
 
     def _begin(self, timestep: Any) -> int:
         if self._index is not None:
@@ -583,6 +481,7 @@ def fuse(stock: Any, **traits: Any) -> Any:
         "stock": stock,
         "traced": stock,
         "extra_names": tuple(extra),
+        "known": frozenset(extra),
         "step": step,
         "set_timesteps": set_timesteps,
         **traits,
