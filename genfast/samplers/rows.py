@@ -48,6 +48,16 @@ def ancestral(r: float, r_next: float, eta: float) -> tuple[float, float]:
     return math.sqrt(r_next**2 - up**2), up
 
 
+def ancestral_rf(p: Point, q: Point, eta: float) -> tuple[float, float]:
+    """ComfyUI's for rectified flows: down lies at t' (1 - eta (1 - t' / t)), t = sigma / (alpha + sigma); both as sigma / alpha."""
+    t, t_next = p.sigma / (p.alpha + p.sigma), q.sigma / (q.alpha + q.sigma)
+    if not eta:
+        return q.sigma / q.alpha, 0.0
+    t_down = t_next * (1 - eta * (1 - t_next / t))
+    down = t_down / (1 - t_down)
+    return down, math.sqrt(max((q.sigma / q.alpha) ** 2 - down**2, 0.0))
+
+
 def raise_noise(at: Point, to: Point, terms: Terms, s_noise: float) -> dict[Term, float]:
     """The terms of a state at ``at``, noised further to ``to``."""
     added = math.sqrt((to.sigma / to.alpha) ** 2 - (at.sigma / at.alpha) ** 2)

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from genfast import ops, reference
-from genfast.schedules import NoiseSchedule, Sigmas, grid
+from genfast.schedules import Grid, NoiseSchedule, Sigmas, grid
 
+from .brownian import BrownianPath, intervals
 from .denoiser import Condition, Denoiser
-from .plan import Plan, Program
+from .first_order import ddim_inverse
+from .plan import Plan, Program, Table
 from .solvers import Solver, find_solver, make_plan
 
 Callback = Callable[[int, float, Tensor, Tensor], None]
@@ -36,6 +38,8 @@ class Sampler:
     a guidance interval. Where it is 1 the unconditional half is not evaluated. ``guidance_rescale``: phi of Lin et al. 2024, equation 16.
     ``clip``: clamp the denoised prediction to [-clip, clip]. ``threshold``: dynamic threshold at this quantile (Saharia et al. 2022),
     to at most ``max_threshold``.
+    ``brownian``: the noise of the rows is the increments of one Brownian motion over sigma / alpha per seed (`BrownianPath`), so that grids
+    which share points share its noise there; not for solvers that go back to more noise.
     ``impl``: "fused" (kernels) or "reference" (plain PyTorch); both give the same bits.
     ``callback``: called as ``callback(step, sigma, x, denoised)`` after every evaluation, with the state it led to and the denoised
     prediction at ``sigma``, both (B, \\*sample) views that the next evaluation overwrites. It returns None.
@@ -57,6 +61,7 @@ class Sampler:
         clip: float | None = None,
         threshold: float | None = None,
         max_threshold: float = math.inf,
+        brownian: bool = False,
         impl: Literal["fused", "reference"] = "fused",
         progress: bool = True,
         callback: Callback | None = None,
@@ -89,6 +94,7 @@ class Sampler:
         self.steps, self.sigmas, self.timesteps = steps, sigmas, timesteps
         self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
         self.clip, self.threshold, self.max_threshold = clip, threshold, max_threshold
+        self.brownian = brownian
         self.impl, self.progress, self.callback = impl, progress, callback
         self.capture, self.check_every = capture, check_every
         self.dtype, self.memory_format = dtype, memory_format
@@ -97,7 +103,10 @@ class Sampler:
 
     def plan(self, noise: NoiseSchedule) -> Plan:
         """The plan this sampler executes on a process: inspect it with `Plan.table` and `Plan.plot`."""
-        return make_plan(self.solver, grid(noise, self.steps, sigmas=self.sigmas, timesteps=self.timesteps), **self.options)
+        return make_plan(self.solver, self._grid(noise), **self.options)
+
+    def _grid(self, noise: NoiseSchedule) -> Grid:
+        return grid(noise, self.steps, sigmas=self.sigmas, timesteps=self.timesteps)
 
     @torch.no_grad()
     def __call__(
@@ -110,6 +119,9 @@ class Sampler:
         cond: Condition = None,
         uncond: Condition = None,
         init: Tensor | None = None,
+        latent: Tensor | None = None,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
         """Draw samples of ``shape`` (B, \\*sample); returns them in the state's dtype.
@@ -117,26 +129,33 @@ class Sampler:
         ``seeds``: B integers in [0, 2^63) (a list, a range or an int64 tensor), one per sample: sample i depends on its own seed alone.
         None draws them from torch's CPU generator; `last_seeds` reports them. ``generator``: draw all noise with torch instead.
         ``cond``, ``uncond``: what `Denoiser` passes to the network, for the B samples; with guidance both halves run as one batch of 2B,
-        the unconditional half first. ``init`` (B, \\*sample): start from alpha init + sigma noise at the grid's first point.
+        the unconditional half first.
+        ``init`` (B, \\*sample): start from alpha init + sigma noise at the grid's first point. ``latent``: start from this state, as it is.
+        ``known`` and ``mask``, which broadcasts to the shape: inpainting. The denoised prediction becomes mask d + (1 - mask) known
+        before the solver sees it, so that where mask is 0 the sample ends as ``known``.
         Raises ValueError for bad arguments, before anything is drawn, and FloatingPointError naming the sample and the evaluation.
         """
         shape, device = _check_shape(shape), _device(den, device)
-        plan = self.plan(den.noise)
+        points = self._grid(den.noise)
+        plan = make_plan(self.solver, points, **self.options)
+        plan = plan.without_uncond() if uncond is None else plan.with_uncond_slot()
         scale = self.guidance_scale
         scales = [float(scale(den.noise.sigma_of(row.point)) if callable(scale) else scale) for row in plan.rows]
-        guided = any(g != 1 for g in scales)
-        self._check_call(shape, device, seeds, generator, uncond, init, guided)
+        guided = any(g != 1 for g in scales) or plan.uncond_slot is not None
+        tensors = {"init": init, "latent": latent, "known": known}
+        self._check_call(shape, device, seeds, generator, uncond, tensors, mask, guided)
+        spans = intervals(plan, points.point(points.steps)) if self.brownian else None
         seed_values = None if generator is not None else _seed_values(seeds, shape[0])
         self.last_seeds = None if seed_values is None else seed_values.tolist()
         both = _stack(uncond, cond, shape[0]) if guided else cond
         if 0 in shape:
             return torch.empty(shape, dtype=self.dtype, device=device)
-        if generator is not None:
+        if generator is not None or spans is not None:
             plan = plan.with_noise_slot()
         if self.callback is not None:
             plan = plan.with_denoised()
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            run = _Run(self, den, plan, scales, shape, device, seed_values, generator, (cond, both), init)
+            run = _Run(self, den, plan, scales, shape, device, seed_values, generator, spans, (cond, both), tensors, mask)
             if self.capture:
                 if self._recorded is not None and self._recorded.fits(run):
                     self._recorded.adopt(run)
@@ -152,15 +171,29 @@ class Sampler:
         seeds: Seeds,
         generator: torch.Generator | None,
         uncond: Condition,
-        init: Tensor | None,
+        tensors: Mapping[str, Tensor | None],
+        mask: Tensor | None,
         guided: bool,
     ) -> None:
         if seeds is not None and generator is not None:
             raise ValueError("generator: got one together with seeds, supported: one of the two")
+        if self.brownian and generator is not None:
+            raise ValueError("generator: got one with brownian=True, supported: seeds, because a generator draws in order")
         if guided and uncond is None:
             raise ValueError(f"uncond: got None with guidance_scale {self.guidance_scale}, supported: the unconditional half's condition")
-        if init is not None and tuple(init.shape) != shape:
-            raise ValueError(f"init: got shape {tuple(init.shape)}, supported: {shape}")
+        for name, tensor in tensors.items():
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, supported: {shape}")
+        if tensors["init"] is not None and tensors["latent"] is not None:
+            raise ValueError("latent: got one together with init, supported: one of the two")
+        if self.solver in ("ddim_inverse", ddim_inverse) and tensors["latent"] is None:
+            raise ValueError(f"latent: got None for 'ddim_inverse', supported: what to invert, a tensor of shape {shape}")
+        if (tensors["known"] is None) != (mask is None):
+            raise ValueError(
+                f"mask: got {'None' if mask is None else 'one'} {'with' if mask is None else 'without'} known, supported: both or none"
+            )
+        if mask is not None and not _broadcasts(mask, shape):
+            raise ValueError(f"mask: got shape {tuple(mask.shape)}, supported: one that broadcasts to {shape}")
         if _CHANNELS_LAST.get(self.memory_format, len(shape)) != len(shape):
             raise ValueError(f"memory_format: got {self.memory_format} for {len(shape)} dimensions, supported: {_CHANNELS_LAST}")
         if self.capture and device.type != "cuda":
@@ -182,12 +215,14 @@ class _Run:
         device: torch.device,
         seeds: Tensor | None,
         generator: torch.Generator | None,
+        spans: list[tuple[float, float]] | None,
         conditions: tuple[Condition, Condition],
-        init: Tensor | None,
+        tensors: Mapping[str, Tensor | None],
+        mask: Tensor | None,
     ) -> None:
         self.sampler, self.den, self.plan = sampler, den, plan
         self.batch, self.generator, self.conditions = shape[0], generator, conditions
-        self.guided = guided = [g != 1 for g in scales]
+        self.guided = guided = [g != 1 or plan.uncond_slot in row.reads for g, row in zip(scales, plan.rows, strict=True)]
         self.namespace = _NAMESPACES[sampler.impl]
         self.rescale, self.threshold = sampler.guidance_rescale != 0, sampler.threshold is not None
         input_dtype = den.input_dtype(sampler.dtype)
@@ -203,10 +238,17 @@ class _Run:
             threshold=sampler.threshold,
             max_threshold=sampler.max_threshold,
             model_input=separate,
+            denoised_slot=None if mask is None else plan.slots,
         )
         self.seeds = None if seeds is None else seeds.to(device)
-        self.ring = _ring(plan.slots, shape, sampler.dtype, device, sampler.memory_format)
-        self._start(shape, init)
+        self.spans = spans
+        self.path = None if spans is None or self.seeds is None else BrownianPath(self.seeds, shape, impl=sampler.impl)
+        self.ring = _ring(plan.slots + (mask is not None), shape, sampler.dtype, device, sampler.memory_format)
+        self._start(shape, tensors["init"], tensors["latent"])
+        self.blend: tuple[Tensor, ...] = ()  # the mask, and what is known times one less it
+        if mask is not None and tensors["known"] is not None:
+            mask = mask.to(self.ring, copy=True)  # later calls of a recording write theirs here
+            self.blend = mask, tensors["known"].to(self.ring) * (1 - mask)
         self.model_input: Tensor | None = None
         if separate:
             copies = 2 if any(guided) else 1
@@ -224,7 +266,8 @@ class _Run:
     def _buffers(self) -> list[Tensor]:
         """Everything that a recorded step reads or writes."""
         fixed = [self.ring[0], self.counter, self.watch, self.program.coef, self.program.index, self.program.times]
-        optional = [buffer for buffer in (self.seeds, self.model_input) if buffer is not None]
+        tables = [*(self.program.denoised or ()), *(self.program.uncond or ())]
+        optional = [buffer for buffer in (self.seeds, self.model_input, *self.blend, *tables) if buffer is not None]
         return [*fixed, *optional, *(value for cond in self.conditions for value in _parts(cond).values() if isinstance(value, Tensor))]
 
     def _signature(self) -> list[object]:
@@ -241,9 +284,13 @@ class _Run:
         for mine, theirs in zip(self._buffers(), other._buffers(), strict=True):
             mine.copy_(theirs)
         self.plan, self.guided, self.generator = other.plan, other.guided, other.generator
+        self.spans, self.path = other.spans, other.path
 
-    def _start(self, shape: tuple[int, ...], init: Tensor | None) -> None:
+    def _start(self, shape: tuple[int, ...], init: Tensor | None, latent: Tensor | None) -> None:
         state, point = self.ring[0], self.plan.rows[0].point
+        if latent is not None:
+            state.copy_(latent)
+            return
         if self.seeds is None:
             self._draw(state)
         else:
@@ -253,6 +300,14 @@ class _Run:
             state.mul_(self.plan.scale)
         else:
             state.mul_(point.sigma).add_(init.to(state) * point.alpha)  # two roundings everywhere: add_(alpha=) may fuse them on a GPU
+
+    def _fill_noise(self, k: int, out: Tensor) -> None:
+        """What row k's slot of noise holds: from the generator, or the Brownian path's increment over its standard deviation."""
+        if self.path is None or self.spans is None:
+            self._draw(out)
+            return
+        a, b = self.spans[k]
+        out.copy_(self.path(a, b).mul_(1 / math.sqrt(a - b)))
 
     def _draw(self, out: Tensor) -> None:
         assert self.generator is not None
@@ -265,19 +320,19 @@ class _Run:
             x = x[-self.batch :]  # the conditional half
         t = self.program.times.index_select(0, self.counter).expand(len(x))
         out = self.den.evaluate(x, t, self.conditions[guided])
-        self.namespace.solver_step_(
-            self.ring,
-            out,
-            self.program.coef,
-            self.program.index,
-            self.counter,
-            seeds=self.seeds,
-            model_input=self.model_input,
-            watch=self.watch,
-            rescale=guided and self.rescale,
-            threshold=self.threshold,
-        )
+        shaping = {"rescale": guided and self.rescale, "threshold": self.threshold}
+        if guided and self.program.uncond is not None:
+            self._execute(out[: self.batch], self.program.uncond)
+        if self.program.denoised is not None:
+            self._execute(out, self.program.denoised, **shaping)
+            mask, kept = self.blend
+            out, shaping = self.ring[-1].mul_(mask).add_(kept), {}
+        rows = self.program.coef, self.program.index
+        self._execute(out, rows, seeds=self.seeds, model_input=self.model_input, watch=self.watch, **shaping)
         self.counter += 1
+
+    def _execute(self, out: Tensor, table: Table, **options: Any) -> None:
+        self.namespace.solver_step_(self.ring, out, *table, self.counter, **options)
 
     def _captured_step(self, guided: bool) -> None:
         """The first step of a kind runs as it is and warms everything up, the second is recorded, and all from it on are replayed."""
@@ -297,7 +352,7 @@ class _Run:
         for k in _bar(range(len(rows)), self.sampler.progress):
             row = rows[k]
             if self.plan.noise_slot in row.reads:
-                self._draw(self.ring[self.plan.noise_slot])
+                self._fill_noise(k, self.ring[self.plan.noise_slot])
             if self.sampler.capture:
                 self._captured_step(self.guided[k])
             else:
@@ -332,6 +387,13 @@ def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     if not sizes or min(sizes) < 0:
         raise ValueError(f"shape: got {shape}, supported: (B, *sample), integers of at least 0")
     return sizes
+
+
+def _broadcasts(mask: Tensor, shape: tuple[int, ...]) -> bool:
+    try:
+        return tuple(torch.broadcast_shapes(mask.shape, shape)) == shape
+    except RuntimeError:
+        return False
 
 
 def _device(den: Denoiser, device: torch.device | str | None) -> torch.device:

@@ -73,13 +73,13 @@ def ddpm(D, y, levels, noise, variance="small"):
     return y
 
 
-def consistency(D, y, levels, noise):
-    """Song et al. 2023, algorithm 1, with epsilon = 0."""
+def consistency(D, y, levels, noise, epsilon=0.0):
+    """Song et al. 2023, algorithm 1."""
     noise = list(noise)
     for r, r_next in pairwise(levels):
         y = D(y, r)
-        if r_next > 0:
-            y = y + r_next * noise.pop(0)
+        if r_next > epsilon:
+            y = y + sqrt(r_next**2 - epsilon**2) * noise.pop(0)
     return y
 
 
@@ -571,3 +571,126 @@ def sa_solver(D, y, levels, noise, predictor_order=2, corrector_order=2, tau=1.0
         xi = noise.pop(0) if tau else 0.0
         predicted = step(i, y, range(max(i - predictor_order + 1, 0), i + 1), xi)
     return predicted
+
+
+def _rf_levels(t, t_next, eta):
+    """ComfyUI's downstep in t, and the noise that leads back."""
+    t_down = t_next * (1 + (t_next / t - 1) * eta)
+    keep = (1 - t_next) / (1 - t_down)
+    return t_down, keep, sqrt(max(t_next**2 - t_down**2 * keep**2, 0.0))
+
+
+def euler_ancestral_rf(d, x, times, noise, eta=1.0, s_noise=1.0):
+    """x = (1 - t) x_0 + t n; d(x, t) the denoised prediction."""
+    noise = list(noise)
+    for t, t_next in pairwise(times):
+        if t_next == 0:
+            return d(x, t)
+        t_down, keep, up = _rf_levels(t, t_next, eta)
+        x = keep * (t_down / t * x + (1 - t_down / t) * d(x, t)) + (noise.pop(0) * s_noise * up if eta else 0)
+    return x
+
+
+def dpm2_ancestral_rf(d, x, times, noise, eta=1.0, s_noise=1.0):
+    noise = list(noise)
+    for t, t_next in pairwise(times):
+        slope = (x - d(x, t)) / t
+        if t_next == 0:
+            return x - t * slope
+        t_down, keep, up = _rf_levels(t, t_next, eta)
+        t_mid = exp((log(t) + log(t_down)) / 2)
+        x_mid = x + slope * (t_mid - t)
+        x = keep * (x + (x_mid - d(x_mid, t_mid)) / t_mid * (t_down - t)) + (noise.pop(0) * s_noise * up if eta else 0)
+    return x
+
+
+def dpmpp_2s_ancestral_rf(d, x, times, noise, eta=1.0, s_noise=1.0):
+    noise = list(noise)
+    for t, t_next in pairwise(times):
+        if t_next == 0:
+            return d(x, t)
+        t_down, keep, up = _rf_levels(t, t_next, eta)
+        lam, lam_down = log((1 - t) / t), log((1 - t_down) / t_down)
+        t_s = 1 / (exp((lam + lam_down) / 2) + 1)
+        u = t_s / t * x + (1 - t_s / t) * d(x, t)
+        x = keep * (t_down / t * x + (1 - t_down / t) * d(u, t_s)) + (noise.pop(0) * s_noise * up if eta else 0)
+    return x
+
+
+def flow_midpoint(v, x, times):
+    for t, t_next in pairwise(times):
+        mid = (t + t_next) / 2
+        x = x + (t_next - t) * v(x + (mid - t) * v(x, t), mid)
+    return x
+
+
+def euler_ancestral_cfg_pp(D, U, y, levels, noise, eta=1.0, s_noise=1.0):
+    noise = list(noise)
+    for r, r_next in pairwise(levels):
+        down, up = _ancestral(r, r_next, eta)
+        y = D(y, r) + down * (y - U(y, r)) / r
+        if r_next > 0 and eta > 0:
+            y = y + up * s_noise * noise.pop(0)
+    return y
+
+
+def euler_cfg_pp(D, U, y, levels, noise):
+    return euler_ancestral_cfg_pp(D, U, y, levels, noise, eta=0.0)
+
+
+def dpmpp_2m_cfg_pp(D, U, y, levels, noise):
+    u_old = None
+    for i, (r, r_next) in enumerate(pairwise(levels)):
+        d, u = D(y, r), U(y, r)
+        decay = r_next / r
+        mix = -decay * u
+        if u_old is not None and r_next > 0:
+            ratio = log(levels[i - 1] / r) / log(r / r_next)
+            mix = mix + (1 - decay) / (2 * ratio) * (d - u_old)
+        y, u_old = d + mix + decay * y, u
+    return y
+
+
+def dpmpp_2s_ancestral_cfg_pp(D, U, y, levels, noise, eta=1.0, s_noise=1.0):
+    noise = list(noise)
+    for r, r_next in pairwise(levels):
+        move, u = D(y, r) - U(y, r), U(y, r)
+        down, up = _ancestral(r, r_next, eta)
+        if down == 0:
+            y = u
+        else:
+            mid = sqrt(r * down)
+            y_mid = mid / r * y + (1 - mid / r) * u
+            y = down / r * y + (1 - down / r) * U(y_mid, mid)
+        if r_next > 0 and eta > 0:
+            y = y + up * s_noise * noise.pop(0)
+        y = y + move
+    return y
+
+
+def res_multistep_cfg_pp(D, U, y, levels, noise, eta=0.0, s_noise=1.0):
+    noise, down_old, u_old = list(noise), None, None
+    for i, (r, r_next) in enumerate(pairwise(levels)):
+        d, u = D(y, r), U(y, r)
+        down, up = _ancestral(r, r_next, eta)
+        if down == 0 or u_old is None:
+            y = d + down * (y - u) / r
+        else:
+            h = log(r / down)
+            c2 = log(down_old / levels[i - 1]) / h
+            phi1 = expm1(-h) / -h
+            phi2 = (phi1 - 1) / -h
+            y = exp(-h) * (y + d - u) + h * ((phi1 - phi2 / c2) * u + phi2 / c2 * u_old)
+        if r_next > 0 and eta > 0:
+            y = y + up * s_noise * noise.pop(0)
+        u_old, down_old = u, down
+    return y
+
+
+def gradient_estimation_cfg_pp(D, U, y, levels, noise, gamma=2.0):
+    old = None
+    for r, r_next in pairwise(levels):
+        d, slope = D(y, r), (y - U(y, r)) / r
+        y = d if r_next == 0 else d + slope * r_next + (0 if old is None else (gamma - 1) * (slope - old) * (r_next - r))
+        old = slope
+    return y

@@ -15,7 +15,7 @@ import torch
 from gaussian import MEAN, PROCESSES, execute, through_ratios
 
 from genfast import schedules
-from genfast.samplers import SOLVERS, Row, make_plan
+from genfast.samplers import SOLVERS, Denoiser, Row, make_plan
 from genfast.schedules import Point
 
 DETERMINISTIC = [
@@ -58,6 +58,11 @@ DETERMINISTIC = [
     ("res_multistep", {}, 2),
     *[("sa_solver", {"predictor_order": k, "corrector_order": 0, "tau": 0.0}, k) for k in (1, 2, 3)],
     *[("sa_solver", {"predictor_order": k, "corrector_order": k, "tau": 0.0}, k + 1) for k in (1, 2, 3)],
+    ("sa_solver", {"corrector_order": 0, "tau": 0.0, "exact": False}, 2),
+    ("euler_ancestral_rf", {"eta": 0.0}, 1),
+    *[(name, {"eta": 0.0}, 2) for name in ("dpm2_ancestral_rf", "dpmpp_2s_ancestral_rf", "dpmpp_2s_ancestral_cfg_pp")],
+    *[(name, {}, 1) for name in ("euler_cfg_pp", "gradient_estimation_cfg_pp")],
+    *[(name, {}, 2) for name in ("dpmpp_2m_cfg_pp", "res_multistep_cfg_pp")],
 ]
 
 
@@ -74,6 +79,23 @@ def test_order_of_convergence(solver: str, options: dict, order: int, kind: str)
         errors.append(np.abs(got - gaussian.exact(x, grid.point(0), grid.point(n))).max())
     assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.25), errors
     assert errors[1] < 0.05
+
+
+@pytest.mark.parametrize(("solver", "order"), [("flow_midpoint", 2), ("flow_heun", 2), ("flow_euler", 1)])
+def test_order_on_flows_of_two_points(solver: str, order: int) -> None:
+    """Data at -1 and 1, against scipy: Gaussian data is too kind to the midpoint method, whose error there falls by 8."""
+    integrate = importlib.import_module("scipy.integrate")
+
+    def data(x: np.ndarray, t: float) -> np.ndarray:
+        return np.tanh(x * (1 - t) / t**2)
+
+    x = np.array([-1.3, 0.2, 2.1])
+    expected = integrate.solve_ivp(lambda t, x: (x - data(x, t)) / t, (0.97, 0.2), x, method="DOP853", rtol=1e-12, atol=1e-12).y[:, -1]
+    errors = []
+    for n in (80, 160):
+        plan = make_plan(solver, schedules.grid(schedules.flow(), sigmas=np.linspace(0.97, 0.2, n + 1)))
+        errors.append(np.abs(execute(plan, lambda x, p: data(x, p.time), x) - expected).max())
+    assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.2) and errors[1] < 0.02
 
 
 STOCHASTIC = [
@@ -111,6 +133,10 @@ STOCHASTIC = [
     ("sa_solver", {"predictor_order": 3, "corrector_order": 1, "tau": 0.5}),
     ("sa_solver", {"predictor_order": 1, "corrector_order": 3, "tau": 0.7}),
     ("sa_solver", {"predictor_order": 3, "corrector_order": 0}),
+    *[(f"{name}_{form}", {}) for name in ("euler_ancestral", "dpmpp_2s_ancestral") for form in ("rf", "cfg_pp")],
+    *[(f"{name}_rf", {"eta": 0.6}) for name in ("euler_ancestral", "dpm2_ancestral", "dpmpp_2s_ancestral")],
+    ("dpm2_ancestral_rf", {}),
+    ("res_multistep_cfg_pp", {"eta": 1.0}),
 ]
 LEVELS = np.array([9.0, 6.2, 4.1, 2.4, 1.3, 0.9, 0.31, 0.08])
 
@@ -163,7 +189,8 @@ LITERAL = [
     ("heun", CHURN),
     ("dpmpp_2m", {}),
     ("dpmpp_2m", {"variant": "heun"}),
-    *[s for s in STOCHASTIC[8:] if s[0] not in ("lcm", "tcd", "dpm2")],
+    *[s for s in STOCHASTIC[8:] if s[0] not in ("lcm", "tcd", "dpm2") and not s[0].endswith(("_rf", "_cfg_pp"))],
+    ("consistency", {"epsilon": 0.2}),
     ("dpmpp_2m_sde", {"s_noise": 1.1}),
     ("dpmpp_3m_sde", {"s_noise": 1.1, "eta": 0.0}),
     *[("unipc", {"order": k, "variant": v}) for k in (1, 2, 3) for v in ("bh1", "bh2")],
@@ -210,13 +237,74 @@ def test_equals_the_literal_loop(solver: str, options: dict, end: tuple[float, .
     np.testing.assert_allclose(got / alpha_end, expected, rtol=2e-12, atol=2e-12)
 
 
-@pytest.mark.parametrize("solver", ["flow_euler", "flow_heun"])
+@pytest.mark.parametrize("solver", ["flow_euler", "flow_heun", "flow_midpoint"])
 def test_flow_equals_the_literal_loop_from_pure_noise(solver: str) -> None:
     times = np.array([1.0, 0.93, 0.8, 0.5, 0.44, 0.1, 0.0])
     plan = make_plan(solver, schedules.grid(schedules.flow(), sigmas=times))
     x = np.random.default_rng(0).standard_normal(3)
     got = execute(plan, lambda x, p: x - p.time * np.sin(2 * x + p.time), x)
     np.testing.assert_allclose(got, getattr(literal, solver)(lambda x, t: np.sin(2 * x + t), x, times), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("end", [0.06, 0.0])
+@pytest.mark.parametrize(
+    ("solver", "options"),
+    [
+        *[(f"{name}_ancestral_rf", o) for name in ("euler", "dpm2", "dpmpp_2s") for o in ({}, {"eta": 0.7, "s_noise": 1.1}, {"eta": 0.0})],
+    ],
+    ids=str,
+)
+def test_rectified_flow_forms_equal_the_literal_loops(solver: str, options: dict, end: float) -> None:
+    times = np.array([0.97, 0.93, 0.8, 0.5, 0.44, 0.1, end])
+    plan = make_plan(solver, schedules.grid(schedules.flow(), sigmas=times), **options)
+    rng = np.random.default_rng(0)
+    x, draws = rng.standard_normal(3), {row.draw: rng.standard_normal(3) for row in plan.rows if row.draw}
+
+    def model(x: np.ndarray, t: float) -> np.ndarray:
+        return np.tanh(x / (1 + t)) + 0.3 * np.cos(3 * t)
+
+    got = execute(plan, lambda x, p: model(x, p.sigma), x, draws)
+    expected = getattr(literal, solver)(model, x, times, list(draws.values()), **options)
+    np.testing.assert_allclose(got, expected, rtol=2e-12, atol=2e-12)
+
+
+CFG_PP = [
+    ("euler_cfg_pp", {}),
+    ("dpmpp_2m_cfg_pp", {}),
+    ("gradient_estimation_cfg_pp", {"gamma": 1.7}),
+    *[
+        (name, o)
+        for name in ("euler_ancestral_cfg_pp", "dpmpp_2s_ancestral_cfg_pp")
+        for o in ({}, {"eta": 0.6, "s_noise": 1.1}, {"eta": 0.0})
+    ],
+    *[("res_multistep_cfg_pp", o) for o in ({}, {"eta": 0.6, "s_noise": 1.1})],
+]
+
+
+@pytest.mark.parametrize("kind", PROCESSES)
+@pytest.mark.parametrize("end", [(), (0.0,)], ids=["to sigma 0.08", "to sigma 0"])
+@pytest.mark.parametrize(("solver", "options"), CFG_PP, ids=str)
+def test_cfg_pp_equals_the_literal_loop(solver: str, options: dict, end: tuple[float, ...], kind: str) -> None:
+    levels, noise = np.append(LEVELS, end), PROCESSES[kind]
+    plan = make_plan(solver, through_ratios(noise, levels), **options)
+    rng = np.random.default_rng(0)
+    draws, y = {row.draw: rng.standard_normal(3) for row in plan.rows if row.draw}, rng.standard_normal(3) * levels[0]
+
+    def unconditional(y: np.ndarray, level: float) -> np.ndarray:
+        return np.tanh(y / (1 + level)) + 0.3 * np.cos(3 * level)
+
+    def guided(y: np.ndarray, level: float) -> np.ndarray:
+        return unconditional(y, level) + 0.4 * np.sin(y + level)
+
+    got = execute(
+        plan,
+        lambda x, p: guided(x / p.alpha, p.sigma / p.alpha),
+        y * plan.rows[0].point.alpha,
+        draws,
+        lambda x, p: unconditional(x / p.alpha, p.sigma / p.alpha),
+    )
+    expected = getattr(literal, solver)(guided, unconditional, y, levels, list(draws.values()), **options)
+    np.testing.assert_allclose(got / noise.at_ratio(levels[-1])[0], expected, rtol=2e-12, atol=2e-12)
 
 
 WIDEST = [
@@ -230,7 +318,7 @@ WIDEST = [
 
 @pytest.mark.parametrize(
     ("solver", "options"),
-    [*((name, {}) for name in sorted(set(SOLVERS) - {"heun", "restart"})), *WIDEST],
+    [*((name, {}) for name in sorted(set(SOLVERS) - {"heun", "restart", "ddim_inverse"})), *WIDEST],
     ids=str,
 )
 def test_zero_terminal_snr(solver: str, options: dict) -> None:
@@ -257,7 +345,7 @@ def test_few_steps(solver: str, options: dict, steps: int) -> None:
     rng = np.random.default_rng(0)
     out = execute(plan, gaussian.denoise, np.array([40.0]), {row.draw: rng.standard_normal(1) for row in plan.rows})
     assert np.isfinite(out).all()
-    if steps == 1:
+    if steps == 1 and solver not in ("ddim_inverse", "flow_midpoint"):
         assert out == pytest.approx(gaussian.denoise(40.0, plan.rows[0].point))
 
 
@@ -373,24 +461,115 @@ def test_equals_diffusers(scheduler: str, config: dict, solver: str, options: di
     np.testing.assert_allclose(ours, theirs.double().numpy(), rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("eta", [0.3, 1.0])
-def test_tcd_equals_diffusers_with_its_noise(eta: float) -> None:
-    stock = _diffusers("TCDScheduler", **BETAS)
-    stock.set_timesteps(6)
+def _recorded_noise(stock, monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """What the scheduler draws from now on, in order."""
+    drawn: list[np.ndarray] = []
+
+    def randn(shape, **_):
+        drawn.append(np.random.default_rng(len(drawn)).standard_normal(shape))
+        return torch.from_numpy(drawn[-1])
+
+    monkeypatch.setattr(importlib.import_module(type(stock).__module__), "randn_tensor", randn)
+    return drawn
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "config", "solver", "options"),
+    [
+        ("EulerAncestralDiscreteScheduler", {}, "euler_ancestral", {}),
+        ("KDPM2AncestralDiscreteScheduler", {"timestep_spacing": "trailing"}, "dpm2_ancestral", {}),
+        ("LCMScheduler", {"original_inference_steps": 50}, "lcm", {"timestep_scaling": 10.0}),
+        ("TCDScheduler", {"original_inference_steps": 50}, "tcd", {"eta": 0.3}),
+        ("TCDScheduler", {"original_inference_steps": 50}, "tcd", {"eta": 1.0}),
+        ("DDPMScheduler", {"clip_sample": False}, "ddpm", {}),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde", {}),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}, "dpmpp_2m_sde", {"variant": "heun"}),
+        ("SASolverScheduler", {"tau_func": lambda t: 1.0}, "sa_solver", {"corrector_order": 1, "exact": False}),
+        (
+            "SASolverScheduler",
+            {"predictor_order": 3, "corrector_order": 4, "tau_func": lambda t: 0.6},
+            "sa_solver",
+            {"predictor_order": 3, "corrector_order": 3, "tau": 0.6, "exact": False},
+        ),
+        (
+            "SASolverScheduler",
+            {"predictor_order": 2, "corrector_order": 3},
+            "sa_solver",
+            {"corrector_order": 2, "tau": lambda p: float(200 <= p.time <= 800), "exact": False},
+        ),
+    ],
+)
+def test_equals_diffusers_with_its_noise(scheduler: str, config: dict, solver: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = _diffusers(scheduler, **BETAS, **config)
+    stock.set_timesteps(8)
+    drawn = _recorded_noise(stock, monkeypatch)
     noise = schedules.scaled_linear()
-    ratios = schedules.grid(noise, timesteps=stock.timesteps.tolist()).ratio[:-1]
-    plan = make_plan("tcd", schedules.grid(noise, sigmas=[*ratios, noise.sigma_ratios[0]]), eta=eta)  # it ends at the smallest level
+    times = list(dict.fromkeys(stock.timesteps.tolist()))
+    if scheduler == "KDPM2AncestralDiscreteScheduler":
+        times = stock.timesteps.tolist()[::2]  # its midpoints lie between
+    grid = schedules.grid(noise, timesteps=times)
+    if scheduler in ("TCDScheduler", "SASolverScheduler"):  # they end at the smallest level of the process
+        grid = schedules.grid(noise, sigmas=[*grid.ratio[:-1], noise.sigma_ratios[0]])
+    if solver == "sa_solver":
+        options = {**options, "lower_order_final": True}
+    plan = make_plan(solver, grid, **options)
 
     def epsilon(x: torch.Tensor, t: float) -> torch.Tensor:
         return torch.sin(2 * x + t / 300) * 0.8 + 0.1 * x
 
-    x = torch.from_numpy(np.random.default_rng(0).standard_normal(6))
-    theirs = _run_scheduler(stock, epsilon, x, eta=eta, generator=torch.Generator().manual_seed(1))
-    generator = torch.Generator().manual_seed(1)
-    draws = {row.draw: torch.randn(6, generator=generator, dtype=x.dtype).numpy() for row in plan.rows if row.draw}
-    assert len(draws) == 5
+    x = torch.from_numpy(np.random.default_rng(99).standard_normal((2, 3)))
+    scaled = scheduler in ("EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler")  # they keep y = x / alpha
+    theirs = _run_scheduler(
+        stock, epsilon, x / plan.rows[0].point.alpha if scaled else x, **({"eta": options["eta"]} if solver == "tcd" else {})
+    )
+    rows = len(plan.rows) // 7  # of a step
+    draws = {row.draw: drawn[row.draw // rows - 1] for row in plan.rows if row.draw}
+    assert len(draws) >= 5 and len(drawn) in (7, 8)  # some draw where nothing is added
     ours = execute(plan, lambda x, p: (x - p.sigma * epsilon(torch.from_numpy(x), p.time).numpy()) / p.alpha, x.numpy(), draws)
-    np.testing.assert_allclose(ours, theirs.double().numpy(), rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(
+        ours / plan.noise.at_ratio(grid.ratio[-1])[0] if scaled else ours, theirs.double().numpy(), rtol=4e-4, atol=4e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "config", "solver", "options", "sigmas"),
+    [
+        ("EDMEulerScheduler", {}, "euler", {}, "karras"),
+        ("EDMDPMSolverMultistepScheduler", {"euler_at_final": True}, "dpmpp_2m", {}, "karras"),
+        ("EDMDPMSolverMultistepScheduler", {"solver_order": 3, "lower_order_final": False}, "dpmpp_2m", {"order": 3}, "karras"),
+        ("EDMDPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "euler_at_final": True}, "dpmpp_2m_sde", {}, "karras"),
+        ("CosineDPMSolverMultistepScheduler", {"prediction_type": "epsilon", "euler_at_final": True}, "dpmpp_2m_sde", {}, "exponential"),
+    ],
+)
+def test_edm_schedulers_are_solvers_on_the_edm_process(
+    scheduler: str, config: dict, solver: str, options: dict, sigmas: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers' EDM and cosine classes: a solver here, with prediction "edm" (and time atan(sigma) 2 / pi for the cosine one)."""
+    stock = _diffusers(scheduler, sigma_min=0.01, sigma_max=50.0, sigma_data=0.4, **config)
+    stock.set_timesteps(8)
+    cosine = scheduler.startswith("Cosine")
+    drawn = [] if cosine else _recorded_noise(stock, monkeypatch)
+
+    def brownian(*_: object) -> torch.Tensor:
+        drawn.append(np.random.default_rng(len(drawn)).standard_normal(6))
+        return torch.from_numpy(drawn[-1])
+
+    stock.noise_sampler = brownian
+    noise = schedules.edm(0.01, 50.0)
+    den = Denoiser(lambda *_: None, "edm", noise=noise, sigma_data=0.4, time=(lambda p: np.arctan(p.sigma) / np.pi * 2) if cosine else None)
+    plan = make_plan(solver, schedules.grid(noise, 8, sigmas=sigmas), **options)
+
+    def net(x: torch.Tensor, t: float) -> torch.Tensor:
+        return torch.sin(2 * x + t) * 0.8 + 0.1 * x
+
+    def model(x: np.ndarray, point: Point) -> np.ndarray:
+        ax, am = den.convert(point)
+        return ax * x + am * net(torch.from_numpy(den.c_in(point) * x), den.time_value(point)).numpy()
+
+    x = torch.from_numpy(np.random.default_rng(99).standard_normal(6)) * 50
+    theirs = _run_scheduler(stock, net, x)
+    ours = execute(plan, model, x.numpy(), dict(zip([row.draw for row in plan.rows if row.draw], drawn, strict=False)))
+    np.testing.assert_allclose(ours, theirs.double().numpy(), rtol=4e-4, atol=4e-4)
 
 
 def test_equals_diffusers_flow_match_euler() -> None:
