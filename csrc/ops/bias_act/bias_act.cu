@@ -51,7 +51,8 @@ __global__ void __launch_bounds__(256) long_rows_kernel(const __grid_constant__ 
     T b[N], sum[N]{};
 #pragma unroll
     for (int i = 0; i < N; ++i) b[i] = p.b ? widen(static_cast<const S*>(p.b)[row % p.channels]) : T(0);
-    for (int64_t i = begin + threadIdx.x * N; i < end; i += kFoldLanes * N) apply<S>(p, curve, row * p.inner, span_at<N, kVector>(i, end), b, sum);
+    for (int64_t i = begin + threadIdx.x * N; i < end; i += kFoldLanes * N)
+      apply<S>(p, curve, row * p.inner, span_at<N, kVector>(i, end), b, sum);
     if (!p.partial) continue;
     double total[1] = {0.0};
 #pragma unroll
@@ -96,7 +97,8 @@ __global__ void __launch_bounds__(256) sums_kernel(const __grid_constant__ BiasA
   GF_SHARED(Lanes<1>, lanes);
   for (int64_t c = blockIdx.x; c < p.channels; c += gridDim.x) {
     double total[1] = {0.0};
-    for (int64_t i = threadIdx.x; i < groups * width; i += kFoldLanes) total[0] += p.partial[(i / width * p.channels + c) * width + i % width];
+    for (int64_t i = threadIdx.x; i < groups * width; i += kFoldLanes)
+      total[0] += p.partial[(i / width * p.channels + c) * width + i % width];
     fold(total, lanes);
     if (threadIdx.x == 0) {
       if constexpr (sizeof(S) == 2) {

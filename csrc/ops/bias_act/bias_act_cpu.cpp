@@ -61,8 +61,8 @@ void run(const BiasActParams& p) {
 
   want_huge_pages(p.out, total * static_cast<int64_t>(sizeof(S)));
   const int64_t grain = std::max<int64_t>(1, kGrainElements * units / total);
-  torch::stable::parallel_for(
-      0, units, grain, [&](int64_t first, int64_t last) { (is_short ? kernels.short_rows : kernels.long_rows)(t, first, last); });
+  torch::stable::parallel_for(0, units, grain,
+                              [&](int64_t first, int64_t last) { (is_short ? kernels.short_rows : kernels.long_rows)(t, first, last); });
   if (!p.sums) return;
 
   std::vector<double> sums(static_cast<size_t>(p.channels));
