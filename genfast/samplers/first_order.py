@@ -7,8 +7,8 @@ from typing import Literal
 
 from genfast.schedules import Grid
 
-from .plan import Row
-from .rows import Churn, Rows, ancestral_rf, choice, combine, ode_step, posterior_std, slope
+from .plan import Row, Term
+from .rows import Churn, Rows, ancestral_rf, choice, combine, large_std, ode_step, posterior_std, slope
 
 
 def ddim(g: Grid, *, eta: float = 0.0, s_noise: float = 1.0) -> Rows:
@@ -34,16 +34,21 @@ def ddim_inverse(g: Grid) -> Rows:
             yield Row(p, {0: ode_step(p, q)})
 
 
-def ddpm(g: Grid, *, variance: Literal["small", "large"] = "small") -> Rows:
-    """DDPM ancestral sampling (Ho et al. 2020, equations 6 and 7); "large" takes beta, of section 3.2, for the variance."""
-    choice("variance", variance, ("small", "large"))
+def ddpm(g: Grid, *, variance: Literal["small", "large", "learned"] = "small") -> Rows:
+    """DDPM ancestral sampling (Ho et al. 2020, equations 6 and 7); "large" takes beta, of section 3.2, for the variance.
+
+    "learned" takes the network's (`Denoiser`'s ``variance``; Nichol and Dhariwal 2021, section 3.1).
+    """
+    choice("variance", variance, ("small", "large", "learned"))
     for i in range(g.steps):
         p, q = g.point(i), g.point(i + 1)
         std = posterior_std(p, q)
         kept = math.sqrt(max(q.sigma**2 - std**2, 0.0))
-        if variance == "large" and q.sigma > 0:  # the last step draws no noise
-            std = math.sqrt(max(p.sigma**2 - (p.alpha / q.alpha * q.sigma) ** 2, 0.0))
-        yield Row(p, {0: {"x": kept / p.sigma, "d": q.alpha - p.alpha * kept / p.sigma, "noise": std}})
+        out: dict[Term, float] = {"x": kept / p.sigma, "d": q.alpha - p.alpha * kept / p.sigma, "noise": std}
+        if variance != "small" and q.sigma > 0:  # the last step draws no noise
+            del out["noise"]
+            out |= {"noise": large_std(p, q)} if variance == "large" else {"learned": 1.0}
+        yield Row(p, {0: out})
 
 
 def euler_ancestral(g: Grid, *, eta: float = 1.0, s_noise: float = 1.0) -> Rows:

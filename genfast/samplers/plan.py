@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .denoiser import Denoiser
 
 # What an output is a combination of: "x" the state, "d" the denoised prediction, "u" that of the unconditional half alone,
-# "m" the network's output, "noise", a slot's number.
+# "m" the network's output, "noise" standard normal, "learned" noise of the network's own standard deviation, a slot's number.
 Term = str | int
 Terms = Mapping[Term, float]
 
@@ -47,7 +47,11 @@ class Row:
 
     @property
     def noisy(self) -> bool:
-        return any("noise" in terms for terms in self.outputs.values())
+        return any("noise" in terms or "learned" in terms for terms in self.outputs.values())
+
+    @property
+    def learned(self) -> bool:
+        return any("learned" in terms for terms in self.outputs.values())
 
     @property
     def unconditional(self) -> bool:
@@ -89,7 +93,8 @@ class Plan:
         """The same plan, reading its noise from one more slot instead of making it: for noise that comes from elsewhere."""
         if not any(row.noisy for row in self.rows):
             return self
-        return replace(self._renamed("noise", self.slots), slots=self.slots + 1, noise_slot=self.slots)
+        slot = self.slots
+        return replace(self._renamed("noise", slot)._renamed("learned", slot), slots=slot + 1, noise_slot=slot)
 
     def with_uncond_slot(self) -> Plan:
         """The same plan, reading "u" from one more slot: for runs that evaluate both halves."""

@@ -23,6 +23,11 @@ def posterior_std(p: Point, q: Point) -> float:
     return q.sigma * math.sqrt(max(1 - decay(p, q) ** 2, 0.0))
 
 
+def large_std(p: Point, q: Point) -> float:
+    """Standard deviation of the "large" variance, beta (Ho et al. 2020, section 3.2): the noise that the process adds from q to p."""
+    return math.sqrt(max(p.sigma**2 - (p.alpha / q.alpha * q.sigma) ** 2, 0.0))
+
+
 def combine(*parts: tuple[float, Terms]) -> dict[Term, float]:
     """The weighted sum of linear combinations."""
     total: dict[Term, float] = {}

@@ -77,24 +77,28 @@ def _karras_levels(low: float, high: float, steps: int, rho: float = 7.0) -> Arr
     return np.asarray((high ** (1 / rho) + np.linspace(0, 1, steps) * (low ** (1 / rho) - high ** (1 / rho))) ** rho)
 
 
-def heunpp2(g: Grid) -> Rows:
-    """Heun++ (Carzit, sd-webui-samplers-scheduler; as in ComfyUI): up to three slopes, weighted by their noise level over the first one."""
+def heunpp2(g: Grid, *, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0) -> Rows:
+    """Heun++ (Carzit, sd-webui-samplers-scheduler; ComfyUI), with churn: up to three slopes, weighted by their noise level over the first.
+
+    The last step, whatever it leads to, is Euler's, and the one before has two slopes.
+    """
+    churn = Churn(g, s_churn, s_tmin, s_tmax, s_noise)
     top = float(g.ratio[0] if g.alpha[0] > 0 else g.ratio[1])
     for i in range(g.steps):
-        p, q = g.point(i), g.point(i + 1)
-        if q.sigma == 0 or p.alpha == 0:
-            yield Row(p, {0: ode_step(p, q)})
+        p, q = churn.points[i], g.point(i + 1)
+        if i + 1 == g.steps or p.alpha == 0:
+            yield Row(p, {0: churn.arrive(i + 1, ode_step(p, q))})
             continue
-        far = g.point(i + 2) if i + 2 <= g.steps and g.sigma[i + 2] > 0 else None
+        far = g.point(i + 2) if i + 2 < g.steps else None
         w2, w3 = (g.ratio[i + 1] / (2 * top), 0.0) if far is None else (g.ratio[i + 1] / (3 * top), g.ratio[i + 2] / (3 * top))
-        step = q.alpha * (g.ratio[i + 1] - g.ratio[i])
+        step = q.alpha * (g.ratio[i + 1] - p.sigma / p.alpha)
         yield Row(p, {0: ode_step(p, q), 1: combine((q.alpha / p.alpha, {"x": 1.0}), (step * (1 - w2 - w3), slope(p)))})
         mixed = combine((1.0, {1: 1.0}), (step * w2, slope(q)))
         if far is None:
-            yield Row(q, {0: mixed})
+            yield Row(q, {0: churn.arrive(i + 1, mixed)})
             continue
         yield Row(q, {0: ode_step(q, far), 1: mixed})
-        yield Row(far, {0: combine((1.0, {1: 1.0}), (step * w3, slope(far)))})
+        yield Row(far, {0: churn.arrive(i + 1, combine((1.0, {1: 1.0}), (step * w3, slope(far))))})
 
 
 def _midpoint(g: Grid, p: Point, q: Point, down: float, up: float, exponential: bool) -> Rows:

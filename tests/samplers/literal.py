@@ -195,22 +195,6 @@ def unipc(D, y, levels, noise=(), order=2, variant="bh2", corrector=True):
     return y
 
 
-def flow_euler(v, x, times):
-    for t, t_next in pairwise(times):
-        x = x + (t_next - t) * v(x, t)
-    return x
-
-
-def flow_heun(v, x, times):
-    for t, t_next in pairwise(times):
-        slope = v(x, t)
-        x_next = x + (t_next - t) * slope
-        if t_next > 0:
-            x_next = x + (t_next - t) * 0.5 * (slope + v(x_next, t_next))
-        x = x_next
-    return x
-
-
 def _ancestral(r, r_next, eta):
     up = min(r_next, eta * sqrt(r_next**2 * (r**2 - r_next**2) / r**2))
     return sqrt(r_next**2 - up**2), up
@@ -325,18 +309,23 @@ def dpmpp_singlestep(D, y, levels, noise=(), order=2, variant="midpoint"):
     return y
 
 
-def heunpp2(D, y, levels, noise=()):
+def heunpp2(D, y, levels, noise=(), s_churn=0.0, s_tmin=0.0, s_tmax=inf, s_noise=1.0):
     """ComfyUI's sample_heunpp2."""
-    n = len(levels) - 1
+    noise, n = list(noise), len(levels) - 1
     for i in range(n):
-        slope = (y - D(y, levels[i])) / levels[i]
-        dt = levels[i + 1] - levels[i]
-        if levels[i + 1] == 0:
+        r = levels[i]
+        gamma = min(s_churn / n, sqrt(2) - 1) if s_tmin <= r <= s_tmax else 0.0
+        r_hat = r * (gamma + 1)
+        if gamma > 0:
+            y = y + sqrt(r_hat**2 - r**2) * s_noise * noise.pop(0)
+        slope = (y - D(y, r_hat)) / r_hat
+        dt = levels[i + 1] - r_hat
+        if i + 1 == n:
             y = y + slope * dt
             continue
         y_2 = y + slope * dt
         slope_2 = (y_2 - D(y_2, levels[i + 1])) / levels[i + 1]
-        if i + 2 > n or levels[i + 2] == 0:
+        if i + 2 == n:
             w2 = levels[i + 1] / (2 * levels[0])
             y = y + (slope * (1 - w2) + slope_2 * w2) * dt
         else:
@@ -571,126 +560,3 @@ def sa_solver(D, y, levels, noise, predictor_order=2, corrector_order=2, tau=1.0
         xi = noise.pop(0) if tau else 0.0
         predicted = step(i, y, range(max(i - predictor_order + 1, 0), i + 1), xi)
     return predicted
-
-
-def _rf_levels(t, t_next, eta):
-    """ComfyUI's downstep in t, and the noise that leads back."""
-    t_down = t_next * (1 + (t_next / t - 1) * eta)
-    keep = (1 - t_next) / (1 - t_down)
-    return t_down, keep, sqrt(max(t_next**2 - t_down**2 * keep**2, 0.0))
-
-
-def euler_ancestral_rf(d, x, times, noise, eta=1.0, s_noise=1.0):
-    """x = (1 - t) x_0 + t n; d(x, t) the denoised prediction."""
-    noise = list(noise)
-    for t, t_next in pairwise(times):
-        if t_next == 0:
-            return d(x, t)
-        t_down, keep, up = _rf_levels(t, t_next, eta)
-        x = keep * (t_down / t * x + (1 - t_down / t) * d(x, t)) + (noise.pop(0) * s_noise * up if eta else 0)
-    return x
-
-
-def dpm2_ancestral_rf(d, x, times, noise, eta=1.0, s_noise=1.0):
-    noise = list(noise)
-    for t, t_next in pairwise(times):
-        slope = (x - d(x, t)) / t
-        if t_next == 0:
-            return x - t * slope
-        t_down, keep, up = _rf_levels(t, t_next, eta)
-        t_mid = exp((log(t) + log(t_down)) / 2)
-        x_mid = x + slope * (t_mid - t)
-        x = keep * (x + (x_mid - d(x_mid, t_mid)) / t_mid * (t_down - t)) + (noise.pop(0) * s_noise * up if eta else 0)
-    return x
-
-
-def dpmpp_2s_ancestral_rf(d, x, times, noise, eta=1.0, s_noise=1.0):
-    noise = list(noise)
-    for t, t_next in pairwise(times):
-        if t_next == 0:
-            return d(x, t)
-        t_down, keep, up = _rf_levels(t, t_next, eta)
-        lam, lam_down = log((1 - t) / t), log((1 - t_down) / t_down)
-        t_s = 1 / (exp((lam + lam_down) / 2) + 1)
-        u = t_s / t * x + (1 - t_s / t) * d(x, t)
-        x = keep * (t_down / t * x + (1 - t_down / t) * d(u, t_s)) + (noise.pop(0) * s_noise * up if eta else 0)
-    return x
-
-
-def flow_midpoint(v, x, times):
-    for t, t_next in pairwise(times):
-        mid = (t + t_next) / 2
-        x = x + (t_next - t) * v(x + (mid - t) * v(x, t), mid)
-    return x
-
-
-def euler_ancestral_cfg_pp(D, U, y, levels, noise, eta=1.0, s_noise=1.0):
-    noise = list(noise)
-    for r, r_next in pairwise(levels):
-        down, up = _ancestral(r, r_next, eta)
-        y = D(y, r) + down * (y - U(y, r)) / r
-        if r_next > 0 and eta > 0:
-            y = y + up * s_noise * noise.pop(0)
-    return y
-
-
-def euler_cfg_pp(D, U, y, levels, noise):
-    return euler_ancestral_cfg_pp(D, U, y, levels, noise, eta=0.0)
-
-
-def dpmpp_2m_cfg_pp(D, U, y, levels, noise):
-    u_old = None
-    for i, (r, r_next) in enumerate(pairwise(levels)):
-        d, u = D(y, r), U(y, r)
-        decay = r_next / r
-        mix = -decay * u
-        if u_old is not None and r_next > 0:
-            ratio = log(levels[i - 1] / r) / log(r / r_next)
-            mix = mix + (1 - decay) / (2 * ratio) * (d - u_old)
-        y, u_old = d + mix + decay * y, u
-    return y
-
-
-def dpmpp_2s_ancestral_cfg_pp(D, U, y, levels, noise, eta=1.0, s_noise=1.0):
-    noise = list(noise)
-    for r, r_next in pairwise(levels):
-        move, u = D(y, r) - U(y, r), U(y, r)
-        down, up = _ancestral(r, r_next, eta)
-        if down == 0:
-            y = u
-        else:
-            mid = sqrt(r * down)
-            y_mid = mid / r * y + (1 - mid / r) * u
-            y = down / r * y + (1 - down / r) * U(y_mid, mid)
-        if r_next > 0 and eta > 0:
-            y = y + up * s_noise * noise.pop(0)
-        y = y + move
-    return y
-
-
-def res_multistep_cfg_pp(D, U, y, levels, noise, eta=0.0, s_noise=1.0):
-    noise, down_old, u_old = list(noise), None, None
-    for i, (r, r_next) in enumerate(pairwise(levels)):
-        d, u = D(y, r), U(y, r)
-        down, up = _ancestral(r, r_next, eta)
-        if down == 0 or u_old is None:
-            y = d + down * (y - u) / r
-        else:
-            h = log(r / down)
-            c2 = log(down_old / levels[i - 1]) / h
-            phi1 = expm1(-h) / -h
-            phi2 = (phi1 - 1) / -h
-            y = exp(-h) * (y + d - u) + h * ((phi1 - phi2 / c2) * u + phi2 / c2 * u_old)
-        if r_next > 0 and eta > 0:
-            y = y + up * s_noise * noise.pop(0)
-        u_old, down_old = u, down
-    return y
-
-
-def gradient_estimation_cfg_pp(D, U, y, levels, noise, gamma=2.0):
-    old = None
-    for r, r_next in pairwise(levels):
-        d, slope = D(y, r), (y - U(y, r)) / r
-        y = d if r_next == 0 else d + slope * r_next + (0 if old is None else (gamma - 1) * (slope - old) * (r_next - r))
-        old = slope
-    return y

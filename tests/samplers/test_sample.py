@@ -312,6 +312,54 @@ def test_inversion_and_back(kind: str) -> None:
     assert math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.2) and math.log2(latents[0] / latents[1]) == pytest.approx(1, abs=0.2)
 
 
+@pytest.mark.parametrize("kind", ["learned", "learned_range"])
+@pytest.mark.parametrize("guided", [False, True])
+def test_learned_variances(kind: str, guided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nichol and Dhariwal 2021, equations 14 and 15, written out; the variance is the conditional half's. diffusers agrees on the range."""
+    shifts = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([-0.1, 0.0, 0.1])
+
+    def net(x: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+        v = torch.sin(3 * x + (t / 300 + shift).view(-1, 1, 1, 1))
+        return torch.cat([elementwise(x, t, shift), v - 2 if kind == "learned" else v], 1)
+
+    den = vp(net, "epsilon", variance=kind)
+    call = {"cond": shifts[0]} | ({"uncond": shifts[1]} if guided else {})
+    times = [800, 600, 400, 200, 0]
+    draw = Sampler("ddpm", timesteps=times, variance="learned", guidance_scale=2.0 if guided else 1.0, dtype=torch.float64, progress=False)
+    got = draw(den, SHAPE, seeds=range(3), **call)
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    stock = importlib.import_module("diffusers").DDPMScheduler(**betas, variance_type=kind, clip_sample=False)
+    stock.set_timesteps(5)
+    seeds = torch.arange(3)
+    x = y = reference.normal(seeds, SHAPE, dtype=torch.float64)
+    for k, t in enumerate(times):
+        a, a_next = VP.alphas_cumprod[t], VP.alphas_cumprod[times[k + 1]] if k < 4 else 1.0
+        tt, n = torch.full((3,), float(t)), reference.normal(seeds, SHAPE, draw=k + 1, dtype=torch.float64)
+        eps, v = net(x, tt, shifts[0]).chunk(2, 1)
+        if guided:
+            other = net(x, tt, shifts[1]).chunk(2, 1)[0]
+            eps = other + 2.0 * (eps - other)
+        beta, alpha = 1 - a / a_next, a / a_next
+        small = (1 - a_next) / (1 - a) * beta
+        mean = (x - beta / math.sqrt(1 - a) * eps) / math.sqrt(alpha)
+        if k < 4:
+            share = (v + 1) / 2
+            log_variance = v if kind == "learned" else share * math.log(beta) + (1 - share) * math.log(small)
+            mean = mean + n * (log_variance / 2).exp()
+        x = mean
+        if kind == "learned_range" and not guided:
+            monkeypatch.setattr(importlib.import_module(type(stock).__module__), "randn_tensor", lambda *_, n=n, **__: n)
+            y = stock.step(net(y, tt, shifts[0]), t, y).prev_sample
+    torch.testing.assert_close(got, x, rtol=1e-10, atol=1e-10)
+    if kind == "learned_range" and not guided:
+        torch.testing.assert_close(got, y.double(), rtol=1e-4, atol=1e-4)
+    assert sampler("dpmpp_2m")(den, SHAPE, seeds=range(3), cond=shifts[0]).shape == SHAPE  # others leave the variance out
+    with pytest.raises(ValueError, match="variance: got 'learned' for a network that returns none"):
+        draw(vp(), SHAPE, seeds=range(3), **call)
+    with pytest.raises(ValueError, match=r"net: returned a tensor of shape .* supported: a tensor of twice the input's channels"):
+        draw(vp(lambda x, t, y: x, variance=kind), SHAPE, seeds=range(3), **call)
+
+
 def test_network_in_bfloat16_keeps_a_float32_state() -> None:
     seen = []
     den = vp(lambda x, t: seen.append((x.dtype, t.dtype)) or elementwise(x, t), dtype=torch.bfloat16)

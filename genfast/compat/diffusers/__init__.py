@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 try:
@@ -21,7 +22,7 @@ from .pipeline import Report, accelerate, restore
 from .scheduler import FusedScheduler, fuse
 
 # The traits of every class, see FusedScheduler.
-_CLASSES: dict[str, dict[str, Any]] = {
+_TRAITS: dict[str, dict[str, Any]] = {
     "CMStochasticIterativeScheduler": {"scaled": True},
     "CosineDPMSolverMultistepScheduler": {"scaled": True},
     "DDIMInverseScheduler": {"stateless": True},
@@ -45,7 +46,7 @@ _CLASSES: dict[str, dict[str, Any]] = {
     "LCMScheduler": {"timed": True},
     "LMSDiscreteScheduler": {"scaled": True},
     "PNDMScheduler": {"timed": True},
-    "SASolverScheduler": {},
+    "SASolverScheduler": {"timed": True},
     "TCDScheduler": {"timed": True},
     "UniPCMultistepScheduler": {},
 }
@@ -60,17 +61,19 @@ def _lms_coefficient(self: Any, order: int, t: int, current_order: int) -> float
     return float(integral(float(self.sigmas[t + 1])) - integral(nodes[0]))
 
 
-def _path(self: Any, sample: Tensor, generator: Any) -> Any:
+def _path(self: Any, model_output: Tensor, sample: Tensor, generator: Any) -> Any:
     """The noise of `DPMSolverSDEScheduler` and `CosineDPMSolverMultistepScheduler`: of one Brownian path, by two sigmas."""
     if self.noise_sampler is None:
+        like = sample
         if hasattr(self, "noise_sampler_seed"):
             sigmas, seed = self.sigmas[self.sigmas > 0], self.noise_sampler_seed
             low, high = sigmas.min().item(), sigmas.max().item()
         else:
             seed = [g.initial_seed() for g in generator] if isinstance(generator, list) else generator and generator.initial_seed()
             low, high = self.config.sigma_min, self.config.sigma_max
+            like = sample.to(torch.promote_types(sample.dtype, model_output.dtype))  # as the denoised prediction is
         tree = sys.modules[self.stock.__module__].BrownianTreeNoiseSampler  # type: ignore[attr-defined]
-        self.noise_sampler = tree(sample, low, high, seed)
+        self.noise_sampler = tree(like, low, high, seed)
     return self.noise_sampler
 
 
@@ -78,15 +81,22 @@ def _exact_lms(stock: type) -> type:
     return type(stock.__name__, (stock,), {"get_lms_coefficient": _lms_coefficient})
 
 
-__all__ = ["FusedScheduler", "Report", "accelerate", "restore"]
-for _name, _traits in _CLASSES.items():
+CLASSES: dict[str, Any] = {}  # every fused class by its name
+__all__ = ["CLASSES", "FusedScheduler", "Report", "accelerate", "restore"]
+for _name, _traits in _TRAITS.items():
     _stock = getattr(_diffusers, _name, None)
-    if _stock is None or not hasattr(_stock, "step"):
+    if _stock is None or "step" not in vars(_stock):  # not in this release, or a placeholder for a class whose requirements are missing
         continue
     _traits = dict(_traits)
     if _name == "LMSDiscreteScheduler":
         _traits |= {"traced": _exact_lms(_stock)}
     if _name in ("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler"):
         _traits |= {"_path": _path, "pathwise": True}
-    globals()[_name] = fuse(_stock, **_traits)
+    CLASSES[_name] = globals()[_name] = fuse(_stock, **_traits)
     __all__ += [_name]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _TRAITS and hasattr(_diffusers, name):
+        raise ImportError(f"genfast.compat.diffusers.{name}: torchsde is not installed, supported: pip install torchsde")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

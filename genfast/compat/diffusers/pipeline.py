@@ -25,6 +25,13 @@ class Report:
         return "\n".join(lines) or "no scheduler found"
 
 
+def _components(pipe: Any) -> dict[str, Any]:
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, dict):
+        raise TypeError(f"pipe: got a {type(pipe).__name__}, supported: a diffusers.DiffusionPipeline")
+    return components
+
+
 def accelerate(pipe: Any, seeds: Sequence[int] | Tensor | None = None) -> Report:
     """Give every stock scheduler of a diffusers pipeline its fused class, in place; its guidance arithmetic and all else stay.
 
@@ -32,10 +39,8 @@ def accelerate(pipe: Any, seeds: Sequence[int] | Tensor | None = None) -> Report
     pipeline's generator. `restore` undoes it. Calling it again changes the seeds alone. Returns what was swapped and what was left.
     Raises TypeError for an object without components.
     """
-    components = getattr(pipe, "components", None)
-    if not isinstance(components, dict):
-        raise TypeError(f"pipe: got a {type(pipe).__name__}, supported: a diffusers.DiffusionPipeline")
-    from genfast.compat import diffusers as classes
+    components = _components(pipe)
+    from genfast.compat.diffusers import CLASSES
 
     swapped, left = {}, {}
     originals = pipe.__dict__.setdefault(_ORIGINAL, {})
@@ -44,7 +49,7 @@ def accelerate(pipe: Any, seeds: Sequence[int] | Tensor | None = None) -> Report
             component.seeds = seeds
             swapped[name] = f"{type(component).__name__}, fused already"
         elif hasattr(component, "step") and hasattr(component, "set_timesteps"):
-            fused = getattr(classes, type(component).__name__, None)
+            fused = CLASSES.get(type(component).__name__)
             if fused is None or fused.stock is not type(component):
                 left[name] = f"no fused class for {type(component).__module__}.{type(component).__name__}"
                 continue
@@ -58,6 +63,14 @@ def accelerate(pipe: Any, seeds: Sequence[int] | Tensor | None = None) -> Report
 
 
 def restore(pipe: Any) -> None:
-    """Put back what `accelerate` took out of ``pipe``; nothing happens to a pipeline that was not accelerated."""
-    for name, component in pipe.__dict__.pop(_ORIGINAL, {}).items():
-        setattr(pipe, name, component)
+    """Undo `accelerate`: every fused scheduler of ``pipe`` makes room for the stock object that it replaced.
+
+    One that came from elsewhere (another pipeline's components, the user's own) becomes a stock one of the same configuration; a scheduler
+    that is not fused stays. Raises TypeError for an object without components.
+    """
+    components = _components(pipe)
+    originals = pipe.__dict__.pop(_ORIGINAL, {})
+    for name, component in components.items():
+        if isinstance(component, FusedScheduler):
+            original = originals.get(name)
+            setattr(pipe, name, component.stock.from_config(component.config) if original is None else original)

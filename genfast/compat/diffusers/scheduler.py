@@ -10,25 +10,33 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from genfast.ops import _autograd, _backend, solver_step
+from genfast.ops._checks import check_seeds
 from genfast.reference.solver_step import layout_of
+from genfast.samplers import BrownianPath
 
 from .table import Table, build
 from .trace import NotLinear, trace
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_OWN = ("_run", "_index", "fallback", "seeds", "_path_of")  # what a fused class adds to the stock class's attributes
+_OWN = ("_run", "_index", "fallback", "seeds")  # what a fused class adds to the stock class's attributes
+_SOURCES = ("timesteps", "sigmas", "_internal_dict")  # what a step depends on, besides `set_timesteps`
 _MAX_TABLES = 64
 _tables: OrderedDict[Any, Table | str] = OrderedDict()  # by what they were made from; a string says why there is none
+_tables_lock = threading.Lock()
 
 
 @dataclass(eq=False)
@@ -47,7 +55,10 @@ class Run:
     seeds: Tensor | None
     guided: bool
     counter: Tensor  # (1,) int64 on the device: the next row
+    sources: tuple[Any, ...]  # the attributes that the table was made from
+    path: BrownianPath | None = None  # where the noise of seeds comes from, if not from the kernel
     k: int = 0  # the next step, as far as the host knows
+    on_device: bool = False  # compiled steps have run: only the counter knows the next one
     differentiable: bool = False  # the ring is part of an autograd graph
 
     def execute(self, k: int, model_output: Tensor, sample: Tensor, noise: Tensor | None) -> list[Tensor]:
@@ -154,12 +165,15 @@ class FusedScheduler:
 
     @_step_index.setter
     def _step_index(self, value: int | None) -> None:
-        self._index, run = value, self._run
-        if value is None:
-            self._run, self.fallback = None, None
-        elif run is not None:
+        run = self._run
+        if value is not None and run is not None:
+            if run.table.ring and 0 < run.k < len(run.times) and value != self._step_index:
+                raise ValueError(f"_step_index: got {value}, supported: {self._step_index}, because the steps keep tensors, and None")
             run.k = value - run.begin
             run.counter.fill_(run.k * run.table.launches)
+        self._index = value
+        if value is None:
+            self._run, self.fallback = None, None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The class bears the stock class's name and module, so that what is saved loads where genfast is absent.
@@ -175,6 +189,8 @@ class FusedScheduler:
         copies = 1 if guidance is None else 2
         model_output = sample.new_empty((copies * len(sample), *sample.shape[1:]), dtype=model_dtype or sample.dtype)
         timestep = self.timesteps[getattr(self, "begin_index", None) or 0]  # type: ignore[attr-defined]
+        if "is_scale_input_called" in self.__dict__:
+            self.is_scale_input_called = True  # it is called in the graph
         if self._start(model_output, timestep, sample, options, seeds, guidance) is None:
             raise ValueError(f"step: got {self.fallback}, supported here: steps that the kernel can execute")
 
@@ -185,21 +201,27 @@ class FusedScheduler:
             if len(names) < len(args) or not options.keys().isdisjoint(names):
                 return self.stock.step(self, model_output, timestep, sample, *args, **options)  # raises TypeError
             options.update(zip(names, args, strict=True))
+        if not options.keys() <= set(self.extra_names):
+            return self.stock.step(self, model_output, timestep, sample, **options)  # raises TypeError
         traced = dict(options)
         return_dict, generator = traced.pop("return_dict", True), traced.pop("generator", None)
         given = traced.pop("variance_noise", None)
+        seeds = seeds if given is None else None
         run = self._run
-        if run is None or run.kind != _kind(model_output, timestep, sample, traced, seeds, guidance):
+        if run is None or not self._goes_on(run) or run.kind != _kind(model_output, timestep, sample, traced, seeds, guidance):
             run = self._start(model_output, timestep, sample, traced, seeds, guidance)
         if torch.compiler.is_compiling():
             return self._compiled_step(run, model_output, timestep, sample, return_dict)
-        k = None if run is None or (given is not None and generator is not None) else self._position(run, timestep)
+        k = None if run is None or (self.stateless and given is not None and generator is not None) else self._position(run, timestep)
         if run is None or k is None:
             if guidance is not None:
                 uncond, cond = model_output.chunk(2)
                 model_output = uncond + guidance * (cond - uncond)
-            return self.stock.step(self, model_output, timestep, sample, **options)
-        noise = given if given is not None else self._noise(run, k, model_output, sample, generator)
+            with nullcontext() if seeds is None else _NoNoise(self.fallback):
+                return self.stock.step(self, model_output, timestep, sample, **options)
+        noise = (
+            self._noise(run, k, model_output, sample, generator) if given is None else given.expand_as(sample) if run.table.noisy else None
+        )
         return _result(run.table, run.table.returned[k], run.execute(k, model_output, sample, noise), return_dict)
 
     def _compiled_step(self, run: Run | None, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool) -> Any:
@@ -207,6 +229,7 @@ class FusedScheduler:
         if run is None or run.table.noisy or len(set(run.table.returned)) > 1:
             reason = self.fallback if run is None else "noise from a torch.Generator" if run.table.noisy else "steps of different results"
             raise ValueError(f"step: got {reason} under torch.compile, supported there: seeds= and steps that the kernel can execute")
+        run.on_device = True
         if self.stateless:
             match = run.timesteps == timestep
             row = torch.where(match.any(), match.to(torch.uint8).argmax(), len(match)) * run.table.launches
@@ -216,6 +239,8 @@ class FusedScheduler:
     def _position(self, run: Run, timestep: Any) -> int | None:
         """Which of the run's steps this is; None: one that only the stock class knows."""
         if not self.stateless:
+            if run.on_device:
+                run.k, run.on_device = int(run.counter) // run.table.launches, False
             if run.k < len(run.times) and not (self.timed and self._time(run, timestep) != run.times[run.k]):
                 return run.k
             if run.table.ring and run.k < len(run.times):
@@ -240,15 +265,18 @@ class FusedScheduler:
         """The noise of step ``k`` from torch, drawn as the stock class draws it."""
         noise = None
         for number, draw in enumerate(run.table.trace.steps[k].draws if run.table.noisy else ()):
-            if draw.levels is None:
+            if draw.levels is not None and run.path is not None:
+                a, b = map(float, draw.levels)
+                drawn = run.path(a, b) / abs(a - b) ** 0.5
+            elif draw.levels is None:
                 drawn = randn_tensor(tuple(sample.shape), generator=generator, device=model_output.device, dtype=draw.dtype)
             else:
-                drawn = self._path(sample, generator)(*draw.levels).to(model_output.device)
+                drawn = self._path(model_output, sample, generator)(*draw.levels).to(model_output.device)
             if number == run.table.used[k]:
                 noise = drawn
         return noise
 
-    def _path(self, sample: Tensor, generator: Any) -> Any:
+    def _path(self, model_output: Tensor, sample: Tensor, generator: Any) -> Any:
         """The function of two noise levels that the stock class takes its noise from, where it does."""
         raise NotImplementedError
 
@@ -259,9 +287,14 @@ class FusedScheduler:
         run, self._run = self._run, None
         if run is None and self.fallback is not None and self._index is not None:
             return None  # the stock class is under way
+        kind = _kind(model_output, timestep, sample, options, seeds, guidance)
+        if seeds is not None and isinstance(sample, Tensor):
+            seeds = torch.as_tensor(seeds, dtype=torch.int64).to(sample.device)
+            check_seeds(seeds, len(sample), sample.device)
         try:
             begin = 0 if self.stateless else self._begin(timestep) if run is None else run.begin
-            new = self._new_run(begin, model_output, timestep, sample, options, seeds, guidance)
+            with torch.inference_mode(False):  # a later step may be differentiable
+                new = self._new_run(begin, kind, model_output, timestep, sample, options, seeds, guidance)
         except Exception as error:
             self.fallback = str(error) or type(error).__name__
             if run is not None and run.k and run.table.ring:
@@ -273,12 +306,24 @@ class FusedScheduler:
             if run.k and run.table.ring and run.table.index[:, 1:].tolist() != new.table.index[:, 1:].tolist():
                 self._run = run
                 raise ValueError("step: got options that change what is kept between steps, supported: the same in a whole trajectory")
+            if run.k and run.ring and run.ring[0].shape != sample.shape:
+                self._run = run
+                kept = tuple(run.ring[0].shape)
+                raise RuntimeError(f"sample: got shape {tuple(sample.shape)}, supported: {kept}, the shape of what earlier steps kept")
             new.k = run.k
             new.counter.copy_(run.counter)
             if run.k:
                 new.ring, new.differentiable = [new._worked(t) for t in run.ring], run.differentiable
         self._run, self.fallback = new, None
         return new
+
+    def _sources(self) -> tuple[Any, ...]:
+        return tuple(map(self.__dict__.get, _SOURCES))
+
+    def _goes_on(self, run: Run) -> bool:
+        """Whether what the table was made from is still there. Pipelines replace it, even between two steps."""
+        attributes = self.__dict__
+        return all(attributes.get(name) is source for name, source in zip(_SOURCES, run.sources, strict=True))
 
     def _begin(self, timestep: Any) -> int:
         if self._index is not None:
@@ -292,12 +337,21 @@ class FusedScheduler:
             return 0
         if hasattr(self, "index_for_timestep"):
             return int(self.index_for_timestep(timestep))
+        if at is not None:
+            return at  # a timestep may occur twice
         return int((timesteps == timestep).nonzero()[0])
 
     def _new_run(
-        self, begin: int, model_output: Any, timestep: Any, sample: Any, options: Mapping[str, Any], seeds: Any, guidance: float | None
+        self,
+        begin: int,
+        kind: tuple[Any, ...],
+        model_output: Any,
+        timestep: Any,
+        sample: Any,
+        options: Mapping[str, Any],
+        seeds: Tensor | None,
+        guidance: float | None,
     ) -> Run:
-        kind = _kind(model_output, timestep, sample, options, seeds, guidance)
         copies = 1 if guidance is None else 2
         if not (isinstance(model_output, Tensor) and isinstance(sample, Tensor)):
             raise NotLinear("a model output or a sample that is not a tensor")
@@ -340,9 +394,11 @@ class FusedScheduler:
             work=work,
             layout=layout,
             ring=ring,
-            seeds=None if seeds is None else torch.as_tensor(seeds, dtype=torch.int64).to(device),
+            seeds=seeds,
             guided=guidance is not None,
             counter=torch.zeros(1, dtype=torch.int64, device=device),
+            sources=self._sources(),
+            path=None if seeds is None or not self.pathwise else BrownianPath(seeds, tuple(sample.shape)),
         )
 
     def _table(
@@ -363,7 +419,8 @@ class FusedScheduler:
             tuple(sorted(options.items())), tuple((name, _frozen(value, shape)) for name, value in state.items()),
         )  # fmt: skip
         host = self.timesteps.cpu()[begin:]  # type: ignore[attr-defined]
-        if key not in _tables:
+        found = _tables.get(key)
+        if found is None:
             if isinstance(timestep, Tensor):
                 times = list(host.to(timestep.dtype))
             else:
@@ -376,13 +433,14 @@ class FusedScheduler:
                 wide = torch.float64 if torch.float64 in (sample.dtype, model_dtype, *traced.dtypes) else torch.float32
                 table = build(traced, seeded=seeded, guidance=guidance or 1.0, wide=wide, device=sample.device)
             except NotLinear as error:
-                _tables[key] = str(error)
+                found = str(error)
             else:
-                _tables[key] = table
+                found = table
+        with _tables_lock:
+            _tables[key] = found
+            _tables.move_to_end(key)
             if len(_tables) > _MAX_TABLES:
                 _tables.popitem(last=False)
-        found = _tables[key]
-        _tables.move_to_end(key)
         if isinstance(found, str):
             raise NotLinear(found)
         return found, host.tolist()
@@ -417,9 +475,9 @@ def _scale_model_input(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> 
     """As the stock class's. One multiplication, once the trajectory has begun."""
     run: Run | None = self._run
     scaled: Tensor
-    if run is not None and torch.compiler.is_compiling():
+    if run is not None and (torch.compiler.is_compiling() or run.on_device):
         scaled = sample * run.scales.index_select(0, run.counter // run.table.launches).to(sample.dtype)
-    elif run is not None and run.k < len(run.times):
+    elif run is not None and run.k < len(run.times) and self._goes_on(run):
         self.is_scale_input_called = True
         scaled = sample * run.table.trace.steps[run.k].scale
     else:
@@ -454,15 +512,30 @@ def _frozen(value: Any, shape: tuple[int, ...]) -> Any:
     """``value`` as part of a key. What earlier steps kept is an input of the trace, whatever it holds."""
     if isinstance(value, Tensor):
         return "kept" if value.shape == shape else (str(value.dtype), value.cpu().numpy().tobytes())
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.tobytes()  # its repr leaves out the middle
     if isinstance(value, list):
         return tuple(_frozen(v, shape) for v in value)
     return value if isinstance(value, int | float | str | bool | None) else repr(value)
 
 
-def _rebuild(name: str, state: dict[str, Any]) -> Any:
-    from genfast.compat import diffusers as classes
+class _NoNoise(TorchFunctionMode):
+    """Refuses a stock step that draws noise where seeds were given: nothing else could be told from their noise."""
 
-    scheduler = object.__new__(getattr(classes, name))
+    def __init__(self, reason: str | None) -> None:
+        super().__init__()
+        self.reason = reason
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.randn, torch.randn_like):
+            raise ValueError(f"seeds: got some for {self.reason or 'a step after the last'}, supported: steps that the kernel can execute")
+        return func(*args, **(kwargs or {}))
+
+
+def _rebuild(name: str, state: dict[str, Any]) -> Any:
+    from genfast.compat.diffusers import CLASSES
+
+    scheduler = object.__new__(CLASSES[name])
     scheduler.__dict__.update(state)
     return scheduler
 

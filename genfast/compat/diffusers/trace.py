@@ -2,8 +2,10 @@
 
 Between its model output and what it returns and keeps, a step of a diffusers scheduler is linear in tensors: the sample, the model output,
 what it kept of earlier steps and its noise; the one exception is the clipping or thresholding of a single prediction. So the stock code
-is run once per step, in float64, on tensors whose elements are the unit vectors of those inputs, and the coefficients are what it leaves
-in them. One more element holds a random combination and one holds zero: a step that is not linear is found out and left to the stock class.
+is run once per step on float64 tensors whose elements are the unit vectors of those inputs, and the coefficients are what it leaves in
+them. The factors that it makes from its own tables stay in the tables' dtype, rounding and all: near t = 0 float32 cancels most of their
+digits, and the picture is that of the digits that are left. One more element holds a random combination and one holds zero: a step that is
+not linear is found out and left to the stock class.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ def trace(
     ``kept_shape`` is the shape of a tensor in ``state`` that counts as a value from an earlier step. Raises NotLinear for a step that a row
     cannot hold, and whatever the stock class raises.
     """
-    shadow = _shadow(stock, state, torch.float64)
+    shadow = _shadow(stock, state)
     values = {path: k for k, path in enumerate(_tensors(shadow, tuple(kept_shape)))}
     initial = {k: path for path, k in values.items()}
     output, in_tuple, dtypes, requests = _real(stock, state, timesteps, options, tuple(kept_shape), sample_dtype, model_dtype)
@@ -162,9 +164,15 @@ class _Recorder(TorchFunctionMode):
             return self._noise()
         if func in (torch.Tensor.clamp, torch.clamp) and args[0].shape == self.basis.shape:
             return self._clamp(*args, **kwargs)
-        args = [_wide(a) for a in args]
-        result = func(*args, **{key: _wide(value) for key, value in kwargs.items()})
+        if not self._holds_a_vector([args, list(kwargs.values())]):
+            return func(*args, **kwargs)  # the stock class's factors, as it computes them
+        result = func(*_wide(args), **{key: _wide(value) for key, value in kwargs.items()})
         return result.double() if isinstance(result, Tensor) and result.dtype == torch.float32 else result
+
+    def _holds_a_vector(self, value: Any) -> bool:
+        if isinstance(value, list | tuple):
+            return any(map(self._holds_a_vector, value))
+        return isinstance(value, Tensor) and value.ndim >= len(self.basis.shape)
 
     def _noise(self, *levels: Any) -> Tensor:
         if self.draws == 3:
@@ -195,18 +203,22 @@ class _Recorder(TorchFunctionMode):
 
 
 def _wide(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(map(_wide, value))
+    if isinstance(value, Tensor) and value.dtype == torch.float32 and value.ndim:
+        return value.double()
     return torch.float64 if value is torch.float32 else value
 
 
-def _shadow(stock: type, state: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
-    """An instance of the stock class in the given state, on the CPU, its tables in ``dtype`` (None: as they are)."""
+def _shadow(stock: type, state: Mapping[str, Any]) -> Any:
+    """An instance of the stock class in the given state, on the CPU."""
 
     def copied(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.detach().to("cpu", dtype if dtype is not None and value.is_floating_point() else value.dtype, copy=True)
+            return value.detach().to("cpu", copy=True)
         return [copied(v) for v in value] if isinstance(value, list) else value
 
-    shadow = object.__new__(stock)
+    shadow: Any = object.__new__(stock)
     shadow.__dict__.update({name: copied(value) for name, value in state.items()})
     return shadow
 
@@ -238,15 +250,16 @@ def _scale(stock: Any, shadow: Any, basis: _Basis, timestep: Any) -> float:
 class _Requests(TorchFunctionMode):
     """Notes the noise that is asked for, and leaves the random generators alone."""
 
-    def __init__(self, shadow: Any) -> None:
+    def __init__(self, shadow: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.draws: list[Draw] = []
+        self.dtype = dtype  # of noise from a path
         if "noise_sampler" in shadow.__dict__:
             shadow.noise_sampler = self._from_path
 
     def _from_path(self, sigma: Any, sigma_next: Any) -> Tensor:
         self.draws.append(Draw(levels=(sigma, sigma_next)))
-        return torch.zeros(1, 2, 1, 1)
+        return torch.zeros(1, 2, 1, 1, dtype=self.dtype)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in (torch.randn, torch.randn_like):
@@ -269,20 +282,21 @@ def _real(
     """The steps on tensors of the real dtypes: the class of a result, the length of its tuple, its fields' dtypes, every step's draws."""
 
     def start() -> Any:
-        shadow = _shadow(stock, state, None)
+        shadow = _shadow(stock, state)
         for name, at in _tensors(shadow, kept_shape):
             _put(shadow, name, at, torch.zeros(1, 2, 1, 1, dtype=model_dtype))
         return shadow
 
     sample, model = torch.ones(1, 2, 1, 1, dtype=sample_dtype), torch.ones(1, 2, 1, 1, dtype=model_dtype)
+    dtype = torch.promote_types(sample_dtype, model_dtype)
     shadow: Any = start()
-    with _Requests(shadow):
+    with _Requests(shadow, dtype):
         plain = stock.step(shadow, model, timesteps[0], sample, **options, return_dict=False)
     shadow = start()
     structured: Any = None
     draws: list[list[Draw]] = []
     for timestep in timesteps:
-        with _Requests(shadow) as requests:
+        with _Requests(shadow, dtype) as requests:
             result = stock.step(shadow, model, timestep, sample, **options)
         structured = result if structured is None else structured
         draws.append(requests.draws)
