@@ -27,7 +27,7 @@ from genfast.testing.oracle import assert_accurate, precision
 from genfast.testing.spec import LAYOUTS, Arguments, laid_out, widened
 
 _schemas = torch.library.Library("genfast_emulator", "DEF")
-ACCURATE = ["bias_act", "upfirdn2d"]  # operators with derivatives by kernel, without promised bits
+ACCURATE = ["bias_act", "bn_act", "upfirdn2d"]  # operators with derivatives by kernel, without promised bits
 SANITIZED = os.environ.get("GENFAST_EMULATOR_SANITIZE") == "1"
 
 
