@@ -4,6 +4,7 @@ from .bias_act import bias_act
 from .bn_act import bn_act
 from .conv2d_resample import conv2d_resample
 from .filtered_lrelu import filtered_lrelu
+from .group_norm_silu import group_norm_silu
 from .noise import normal, uniform
 from .solver_step import pack_row, solver_step, solver_step_
 from .upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
@@ -15,6 +16,7 @@ __all__ = [
     "downsample2d",
     "filter2d",
     "filtered_lrelu",
+    "group_norm_silu",
     "normal",
     "pack_row",
     "setup_filter",

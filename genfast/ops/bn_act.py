@@ -1,4 +1,7 @@
-"""Batch normalisation and activation in two passes, backward in two (docs/gan-ops.md)."""
+"""Batch normalisation and activation in two passes, backward in two (docs/gan-ops.md).
+
+The operators take coefficients for each channel, (6, C), or for each channel of each sample, (6, B, C).
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from . import _backend
 from ._autograd import refuse_lost_derivatives, wanted
 from ._checks import check_dtype, refusal
 
-_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 _MOMENTS, _APPLY, _SUMS, _BACKWARD = range(4)  # csrc/ops/bn_act/params.h
 
 SCHEMAS = {
     "bn_act_": "(Tensor(a!)? out, Tensor(b!)? sums, Tensor x, Tensor? dy, Tensor coef, int inner, int which, int act, float alpha) -> ()",
-    "bn_moments": "(Tensor x) -> Tensor",
+    "bn_moments": "(Tensor x, bool per_sample) -> Tensor",
     "bn_apply": "(Tensor x, Tensor coef, int act, float alpha) -> Tensor",
     "bn_sums": "(Tensor dy, Tensor x, Tensor coef, int act, float alpha) -> Tensor",
     "bn_backward": "(Tensor dy, Tensor x, Tensor coef, int act, float alpha) -> Tensor",
@@ -74,7 +77,7 @@ def bn_act(
     if derivative and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
         return reference.bn_act(x, weight, bias, running_mean, running_var, training, momentum, eps, act, alpha)
     if training:
-        moments: Tensor = torch.ops.genfast.bn_moments(x.detach())
+        moments: Tensor = torch.ops.genfast.bn_moments(x.detach(), False)
         _move(running_mean, moments[0], momentum)
         _move(running_var, moments[1] * (x.numel() / (x.numel() - channels)), momentum)
     else:
@@ -99,14 +102,15 @@ def _coefficients(x: Tensor, moments: Tensor, eps: float, weight: Tensor | None,
     return [moments[0], inverse if weight is None else weight.detach() * inverse, zero if shift is None else shift.detach().double()]
 
 
-def _packed(x: Tensor, rows: list[Tensor]) -> Tensor:
+def packed(x: Tensor, rows: list[Tensor]) -> Tensor:
+    """Up to six coefficients, in the order of csrc/ops/bn_act/params.h, in the type of the arithmetic on ``x``."""
     rows = rows + [torch.zeros_like(rows[0])] * (6 - len(rows))
     return torch.stack(rows).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Tensor, o: _Options) -> Tensor:
-    coef = _packed(x, _coefficients(x, moments, o.eps, weight, bias))
-    result: Tensor = torch.ops.genfast.bn_apply(x, coef, _CODES[o.act], o.alpha)
+    coef = packed(x, _coefficients(x, moments, o.eps, weight, bias))
+    result: Tensor = torch.ops.genfast.bn_apply(x, coef, ACTIVATION_CODES[o.act], o.alpha)
     return result
 
 
@@ -143,15 +147,15 @@ class _BnAct(torch.autograd.Function):
             found = iter(torch.autograd.grad(y, asked, grad, create_graph=True))
             return (*(next(found) if needed else None for needed in needs), None, None)
         center, scale, shift = _coefficients(x, moments, o.eps, weight, bias)
-        act, inverse = _CODES[o.act], (moments[1] + o.eps).rsqrt()
+        act, inverse = ACTIVATION_CODES[o.act], (moments[1] + o.eps).rsqrt()
         grad_x = grad_weight = grad_bias = None
         sums = torch.zeros_like(moments)
         if o.training or needs[1] or needs[2]:
-            sums = torch.ops.genfast.bn_sums(grad, x, _packed(x, [center, scale, shift]), act, o.alpha)
+            sums = torch.ops.genfast.bn_sums(grad, x, packed(x, [center, scale, shift]), act, o.alpha)
         if needs[0]:
             mean = sums / (x.numel() / x.shape[1]) if o.training else torch.zeros_like(sums)
             rows = [center, scale, shift, scale, -scale * inverse.square() * mean[1], -scale * mean[0]]
-            grad_x = torch.ops.genfast.bn_backward(grad, x, _packed(x, rows), act, o.alpha)
+            grad_x = torch.ops.genfast.bn_backward(grad, x, packed(x, rows), act, o.alpha)
         if needs[1]:
             grad_weight = (sums[1] * inverse).to(weight.dtype)
         if needs[2]:
@@ -167,24 +171,51 @@ def _like(t: Tensor, out: Tensor) -> Tensor:
     return t if t.stride() == out.stride() else torch.empty_like(out).copy_(t)
 
 
+def _samples(x: Tensor) -> list[tuple[slice, slice]]:
+    """How a dense (B, C, ...) is cut so that each channel of each sample is a channel: (samples, channels of all samples) of each piece."""
+    channels = x.shape[1]
+    if x.is_contiguous():
+        return [(slice(None), slice(None))]
+    return [(slice(n, n + 1), slice(n * channels, (n + 1) * channels)) for n in range(len(x))]
+
+
 def _pass(which: int, x: Tensor, dy: Tensor | None, coef: Tensor, act: int, alpha: float) -> Tensor:
     out = torch.empty_like(x)
     summing = which in (_MOMENTS, _SUMS)
-    sums = torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device) if summing else None
+    sums = torch.zeros(2, *coef.shape[1:], dtype=torch.float64, device=x.device)
     if x.numel():
-        inner = out.stride(1) if x.shape[1] > 1 else x.numel()
-        dy = None if dy is None else _like(dy, out)
-        _backend.namespace.bn_act_(None if summing else out, sums, _like(x, out), dy, coef, inner, which, act, alpha)
-    return out if sums is None else sums
+        x, dy = _like(x, out), None if dy is None else _like(dy, out)
+        if coef.ndim == 2:
+            inner = out.stride(1) if x.shape[1] > 1 else x.numel()
+            _backend.namespace.bn_act_(None if summing else out, sums if summing else None, x, dy, coef, inner, which, act, alpha)
+        else:
+            _pass_by_sample(which, out, sums, x, dy, coef.flatten(1), act, alpha, summing)
+    return sums if summing else out
 
 
-def _bn_moments(x: Tensor) -> Tensor:
-    """Mean and biased variance of each channel, (2, C) float64. Summed around an element of the channel, so that no mean cancels."""
-    origin = x[0]
-    while origin.ndim > 1:
+def _pass_by_sample(
+    which: int, out: Tensor, sums: Tensor, x: Tensor, dy: Tensor | None, coef: Tensor, act: int, alpha: float, summing: bool
+) -> None:
+    """One launch where a sample's channels lie one after another; else one a sample."""
+    for samples, channels in _samples(x):
+        part = x[samples]
+        inner = part.stride(1) if len(part) == 1 and part.shape[1] > 1 else part[0, 0].numel()
+        total = torch.zeros(2, coef[:, channels].shape[1], dtype=torch.float64, device=x.device) if summing else None
+        given = None if dy is None else dy[samples]
+        _backend.namespace.bn_act_(
+            None if summing else out[samples], total, part, given, coef[:, channels].contiguous(), inner, which, act, alpha
+        )
+        if total is not None:
+            sums.flatten(1)[:, channels] = total
+
+
+def _bn_moments(x: Tensor, per_sample: bool) -> Tensor:
+    """Mean and biased variance of each channel, (2, C) or (2, B, C) float64. Summed around an element, so that no mean cancels."""
+    origin = x if per_sample else x[0]
+    while origin.ndim > (2 if per_sample else 1):
         origin = origin[..., 0]
     origin = origin.double()
-    mean, square = _pass(_MOMENTS, x, None, _packed(x, [origin]), 0, 0.0) / (x.numel() / x.shape[1])
+    mean, square = _pass(_MOMENTS, x, None, packed(x, [origin]), 0, 0.0) / (x.numel() / max(origin.numel(), 1))
     return torch.stack([origin + mean, (square - mean.square()).clamp(min=0)])
 
 
@@ -217,9 +248,9 @@ _backend.define(
         "bn_backward": lambda dy, x, coef, act, alpha: _pass(_BACKWARD, x, dy, coef, act, alpha),
     },
     {
-        "bn_moments": lambda x: x.new_empty(2, x.shape[1], dtype=torch.float64),
+        "bn_moments": lambda x, per_sample: x.new_empty(2, *(x.shape[:2] if per_sample else x.shape[1:2]), dtype=torch.float64),
         "bn_apply": lambda x, *_: torch.empty_like(x),
-        "bn_sums": lambda dy, x, *_: x.new_empty(2, x.shape[1], dtype=torch.float64),
+        "bn_sums": lambda dy, x, coef, *_: x.new_empty(2, *coef.shape[1:], dtype=torch.float64),
         "bn_backward": lambda dy, x, *_: torch.empty_like(x),
     },
 )

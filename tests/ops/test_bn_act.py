@@ -84,7 +84,9 @@ def test_opcheck() -> None:
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     x, coef, genfast = normal(2, 3, 4, 5), normal(6, 3), torch.ops.genfast
     for operator, given in [
-        (genfast.bn_moments, (x,)),
+        (genfast.bn_moments, (x, False)),
+        (genfast.bn_moments, (x, True)),
+        (genfast.bn_sums, (x.clone(), x, normal(6, 2, 3), 3, 0.0)),
         (genfast.bn_apply, (x, coef, 3, 0.0)),
         (genfast.bn_sums, (x.clone(), x, coef, 3, 0.0)),
         (genfast.bn_backward, (x.clone(), x, coef, 3, 0.0)),
