@@ -21,7 +21,7 @@ void run(const BnActParams& p, int64_t element_size) {
   const int64_t period = p.channels * p.inner, total = p.outer * period;
   const bool is_short = p.inner < kBnShortRow;
   BnActTask t{p, p.coef, nullptr, 0, ceil_div(p.inner, kBnChunk), std::lcm(period, int64_t{16}), 0};
-  t.block = t.repeat * std::max<int64_t>(1, kBnChunk / t.repeat);
+  t.block = t.repeat * std::max<int64_t>(1, kBnBlock / t.repeat);
   t.units = is_short ? ceil_div(total, t.block) : p.outer * p.channels * t.chunks;
 
   std::vector<T> coef;

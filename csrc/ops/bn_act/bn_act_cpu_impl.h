@@ -104,20 +104,31 @@ void short_rows_of(const BnActTask& t, int64_t first, int64_t last) {
       sums[k] = static_cast<T*>(t.partial) + (k * t.units + unit) * t.repeat;
       __builtin_memset(sums[k], 0, static_cast<size_t>(t.repeat) * sizeof(T));
     }
-    // Coefficients of a few columns stay in registers down the block.
-    for (int64_t i = 0; i < t.repeat && begin + i < end; i += kWidth) {
-      BnCoefficients<T> c;
-      for (int k = 0; k < kBnCoefficients; ++k) c.at[k] = load<T>(coef + k * t.repeat + i);
-      BnSums<T> sum;
-      for (int64_t e = begin + i; e < end; e += t.repeat) {
-        const BnSums<T> s = end - e < kWidth ? bn_tail<T, kPass>(curve, c, at, e, end - e) : bn_vector<T, kPass>(curve, c, at, e);
-        sum.a += s.a;
-        sum.b += s.b;
+    // Coefficients of a few columns stay in registers down the block, which stays in L1.
+    const auto columns = [&]<int n>(int64_t i) __attribute__((always_inline)) {
+      BnCoefficients<T> c[n];
+      BnSums<T> sum[n];
+      unroll<n>([&]<int k>() __attribute__((always_inline)) {
+        for (int j = 0; j < kBnCoefficients; ++j) c[k].at[j] = load<T>(coef + j * t.repeat + i + k * kWidth);
+      });
+      for (int64_t row = begin + i; row < end; row += t.repeat) {
+        unroll<n>([&]<int k>() __attribute__((always_inline)) {
+          const int64_t e = row + k * kWidth;
+          if (e >= end) return;
+          const BnSums<T> s = end - e < kWidth ? bn_tail<T, kPass>(curve, c[k], at, e, end - e) : bn_vector<T, kPass>(curve, c[k], at, e);
+          sum[k].a += s.a;
+          sum[k].b += s.b;
+        });
       }
-      if (!t.partial) continue;
-      store(sums[0] + i, sum.a);
-      store(sums[1] + i, sum.b);
-    }
+      unroll<n>([&]<int k>() __attribute__((always_inline)) {
+        if (!t.partial) return;
+        store(sums[0] + i + k * kWidth, sum[k].a);
+        store(sums[1] + i + k * kWidth, sum[k].b);
+      });
+    };
+    int64_t i = 0;
+    for (; i + 2 * kWidth <= t.repeat; i += 2 * kWidth) columns.template operator()<2>(i);
+    for (; i < t.repeat; i += kWidth) columns.template operator()<1>(i);
   }
 }
 

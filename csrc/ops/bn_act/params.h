@@ -38,6 +38,7 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) {
 // a run of periods, channels * inner elements each, over which the coefficients repeat.
 constexpr int64_t kBnChunk = 16384;
 constexpr int64_t kBnShortRow = 16;
+constexpr int64_t kBnBlock = 4096;  // about so many elements of short rows are one unit
 
 // CUDA. A block takes a chunk of a long row. Otherwise a thread takes a few columns of the (outer, channels * inner) matrix and goes down
 // so many rows that about kBnThreads threads run.
