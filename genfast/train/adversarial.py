@@ -89,7 +89,7 @@ def gradient_penalty(logits: Tensor, x: Tensor, center: float = 0.0) -> Tensor:
     The gradient is that of the sum of the logits, so it is each sample's own only where the discriminator treats samples alone.
     """
     (g,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
-    if center == 0:
+    if center == 0:  # the same as below, in fewer kernels
         return g.square().flatten(1).sum(1)
     norms: Tensor = torch.linalg.vector_norm(g.flatten(1), dim=1)
     return (norms - center).square()
@@ -204,7 +204,7 @@ class AdversarialStep:
             if value.shape != self.inputs[name].shape:
                 raise ValueError(f"{name}: got shape {tuple(value.shape)}, supported: {tuple(self.inputs[name].shape)}")
         for name, value in inputs.items():
-            self.inputs[name].copy_(value, non_blocking=True)
+            self.inputs[name].copy_(value)
 
     @torch.compiler.disable(reason="torch.compile: got a phase of AdversarialStep, supported: AdversarialStep(compile=True)")  # type: ignore[untyped-decorator]
     def run(self, phases: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import pickle
 import runpy
@@ -106,7 +107,16 @@ def test_what_is_saved_names_the_stock_class_and_loads_without_genfast(name, tmp
     assert type(getattr(gfd, name).from_pretrained(tmp_path, subfolder="scheduler")) is getattr(gfd, name)
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def saved_and_loaded(x):
+    buffer = io.BytesIO()
+    torch.save(x, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), saved_and_loaded], ids=["deepcopy", "pickle", "save"]
+)
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler", "DDIMScheduler"])
 def test_copies_go_on_with_the_trajectory(name, how):
     scheduler = getattr(gfd, name)()
@@ -122,6 +132,23 @@ def test_copies_go_on_with_the_trajectory(name, how):
         assert type(s) is getattr(gfd, name) and s.fallback is None
         trajectories.append(y)
     assert torch.equal(*trajectories) and not torch.equal(trajectories[0], x)
+
+
+@pytest.mark.parametrize("before", [2, 5, 8])
+def test_ipndm_leaves_its_outputs_to_the_next_trajectory(before):
+    """Stock empties them in `set_timesteps` alone: after `_step_index = None` the first step is of the order that they allow."""
+    states = []
+    for module in (diffusers, gfd):
+        s = module.IPNDMScheduler()
+        s.set_timesteps(8)
+        for count in (before, 3):
+            x = torch.randn(2, 4, 8, 8, generator=generator(), dtype=torch.float64)
+            for t in s.timesteps[:count]:
+                x = s.step(torch.tanh(x + t), t, x).prev_sample
+            states.append(x)
+            s._step_index = None
+    for expected, got in zip(states[:2], states[2:], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_copied_pipeline():
@@ -183,7 +210,7 @@ def test_with_seeds_a_sample_is_the_same_alone_and_in_a_batch(name):
     assert (draw(pipe, **prompts, latents=normal(seeds, (3, 4, 16, 16)), generator=None) - together).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("seeds, got", [([1, 2], r"torch\.int64 \(2,\)"), ([-1], "-1")])
+@pytest.mark.parametrize("seeds, got", [([1, 2], r"torch\.int64 \(2,\)"), ([-1], "-1"), ([1.5], r"torch\.float32")])
 def test_wrong_seeds_are_refused(seeds, got):
     pipe = with_scheduler("EulerAncestralDiscreteScheduler")
     gfd.accelerate(pipe, seeds=seeds)

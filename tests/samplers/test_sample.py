@@ -515,7 +515,7 @@ class _Recorder(TorchDispatchMode):
                 out.copy_(new)
 
 
-@pytest.mark.parametrize("noisy", ["kernel", "generator"])
+@pytest.mark.parametrize("noisy", ["kernel", "generator", "kernel, inpainting"])
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "euler_ancestral", "heun", "unipc"])
 def test_one_recorded_step_serves_every_row_and_call(solver: str, noisy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What capture relies on, shown without a GPU: nothing in a step is baked in that belongs to its row, seeds or condition."""
@@ -534,7 +534,9 @@ def test_one_recorded_step_serves_every_row_and_call(solver: str, noisy: str, mo
         )
 
     def call(draw: Sampler, number: int) -> Tensor:
-        noise = {"seeds": range(number, number + 3)} if noisy == "kernel" else {"generator": torch.Generator().manual_seed(number)}
+        noise = {"generator": torch.Generator().manual_seed(number)} if noisy == "generator" else {"seeds": range(number, number + 3)}
+        if noisy == "kernel, inpainting":
+            noise |= {"known": KNOWN.float() * number, "mask": MASK.float() / number}
         return draw(den, SHAPE, cond={"shift": shifts * number}, uncond={"shift": shifts * 0}, **noise)
 
     plain = make(capture=False)

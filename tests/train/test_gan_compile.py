@@ -12,6 +12,7 @@ from test_gan_step import BETAS, LATENT, LR, SHAPE, draws, random, tiny_discrimi
 from torch import Tensor, nn
 
 from genfast import ops
+from genfast.models import DCGANConfig, Discriminator, Generator
 from genfast.train.adversarial import AdversarialStep, Objective
 
 
@@ -136,3 +137,21 @@ def test_what_a_naive_operator_loses_ours_refuses() -> None:
     torch.testing.assert_close(penalty_gradient(blend)(w), penalty_gradient(Blend(ours=False))(w))
     with pytest.raises(Exception, match=r"supported: none|torch.compiler.disable"):
         whole(penalty_gradient(blend))(w)
+
+
+def test_compiled_phases_keep_the_running_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracing executes a phase once more than it is run, which must not show in the batch norms."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    objective, states, shape = Objective(r1=0.5, path_length=1.0), [], (6, 1, 8, 8)
+    config = DCGANConfig(size=8, latent=4, channels=4)
+    for compile in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        step = AdversarialStep(Generator(config).double(), Discriminator(config).double(), shape, 4, objective, compile=compile)
+        for k in range(3):
+            step.load(**{name: random(*t.shape, seed=10 * k + i) for i, (name, t) in enumerate(step.inputs.items())})
+            step.run([*objective.discriminator_phases(k), *objective.generator_phases(k)])
+        states.append(step.state())
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+    assert any("running_mean" in name for name in states[0])

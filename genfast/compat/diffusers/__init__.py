@@ -40,7 +40,7 @@ _TRAITS: dict[str, dict[str, Any]] = {
     "FlowMatchHeunDiscreteScheduler": {},
     "FlowMatchLCMScheduler": {},
     "HeunDiscreteScheduler": {"scaled": True},
-    "IPNDMScheduler": {},
+    "IPNDMScheduler": {"lasting": "ets"},
     "KDPM2AncestralDiscreteScheduler": {"scaled": True},
     "KDPM2DiscreteScheduler": {"scaled": True},
     "LCMScheduler": {"timed": True},
@@ -81,6 +81,17 @@ def _exact_lms(stock: type) -> type:
     return type(stock.__name__, (stock,), {"get_lms_coefficient": _lms_coefficient})
 
 
+def _short_ipndm(stock: Any) -> type:
+    """Stock reads its last four outputs and keeps them all."""
+
+    def step(self: Any, *args: Any, **options: Any) -> Any:
+        result = stock.step(self, *args, **options)
+        self.ets = self.ets[-3:]
+        return result
+
+    return type(stock.__name__, (stock,), {"step": step})
+
+
 CLASSES: dict[str, Any] = {}  # every fused class by its name
 __all__ = ["CLASSES", "FusedScheduler", "Report", "accelerate", "restore"]
 for _name, _traits in _TRAITS.items():
@@ -90,6 +101,8 @@ for _name, _traits in _TRAITS.items():
     _traits = dict(_traits)
     if _name == "LMSDiscreteScheduler":
         _traits |= {"traced": _exact_lms(_stock)}
+    if _name == "IPNDMScheduler":
+        _traits |= {"traced": _short_ipndm(_stock)}
     if _name in ("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler"):
         _traits |= {"_path": _path, "pathwise": True}
     CLASSES[_name] = globals()[_name] = fuse(_stock, **_traits)

@@ -73,4 +73,6 @@ def restore(pipe: Any) -> None:
     for name, component in components.items():
         if isinstance(component, FusedScheduler):
             original = originals.get(name)
-            setattr(pipe, name, component.stock.from_config(component.config) if original is None else original)
+            if original is None:
+                original = component.stock.from_config(component.config)  # type: ignore[attr-defined]
+            setattr(pipe, name, original)

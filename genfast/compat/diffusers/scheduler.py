@@ -58,8 +58,15 @@ class Run:
     sources: tuple[Any, ...]  # the attributes that the table was made from
     path: BrownianPath | None = None  # where the noise of seeds comes from, if not from the kernel
     k: int = 0  # the next step, as far as the host knows
-    on_device: bool = False  # compiled steps have run: only the counter knows the next one
-    differentiable: bool = False  # the ring is part of an autograd graph
+    on_device: bool = False  # deferred steps have run: only the counter knows the next one
+    differentiable: bool = False  # the ring is part of an autograd graph, and no longer written in place
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch.save cannot write a memory format.
+        return {**self.__dict__, "layout": str(self.layout).removeprefix("torch.")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, layout=getattr(torch, state["layout"]))
 
     def execute(self, k: int, model_output: Tensor, sample: Tensor, noise: Tensor | None) -> list[Tensor]:
         """Step ``k``, whose first row the counter points at: new tensors for the fields that it returns."""
@@ -67,11 +74,9 @@ class Run:
         cond, uncond = self._halves(model_output)
         x = self._worked(sample)
         noise = None if noise is None else self._worked(noise)
-        if _autograd.wanted((sample, model_output, *self.ring) if self.differentiable else (sample, model_output)):
+        if self.differentiable or _autograd.wanted((sample, model_output)):
             fields = self._differentiable(k, cond, uncond, x, noise)
         else:
-            if self.differentiable:  # a graph may need what the ring holds
-                self.ring, self.differentiable = [t.detach().clone() for t in self.ring], False
             with torch._C._AutoDispatchBelowAutograd():  # no input asks for a derivative
                 fields = self._launch(table.count[k], len(table.returned[k]), cond, uncond, x, noise)
         if table.launches > 1:
@@ -151,6 +156,7 @@ class FusedScheduler:
     stateless: ClassVar[bool] = False  # a step depends on its timestep alone
     timed: ClassVar[bool] = False  # a step reads its timestep even where it counts its steps
     scaled: ClassVar[bool] = False  # scale_model_input is not the identity
+    lasting: ClassVar[str] = ""  # an attribute, a list of tensors, that a trajectory leaves to the next one
     extra_names: ClassVar[tuple[str, ...]]  # the parameters of step after sample
 
     seeds: Sequence[int] | Tensor | None = None
@@ -171,6 +177,10 @@ class FusedScheduler:
                 raise ValueError(f"_step_index: got {value}, supported: {self._step_index}, because the steps keep tensors, and None")
             run.k = value - run.begin
             run.counter.fill_(run.k * run.table.launches)
+        if value is None and run is not None and self.lasting and (k := int(run.counter) // run.table.launches):
+            held = run.table.trace.steps[k - 1].held
+            kept = [run.ring[run.table.slots[number] - 1] for (name, _), number in held.items() if name == self.lasting]
+            setattr(self, self.lasting, kept)
         self._index = value
         if value is None:
             self._run, self.fallback = None, None
@@ -210,8 +220,8 @@ class FusedScheduler:
         run = self._run
         if run is None or not self._goes_on(run) or run.kind != _kind(model_output, timestep, sample, traced, seeds, guidance):
             run = self._start(model_output, timestep, sample, traced, seeds, guidance)
-        if torch.compiler.is_compiling():
-            return self._compiled_step(run, model_output, timestep, sample, return_dict)
+        if _deferred(sample):
+            return self._deferred_step(run, model_output, timestep, sample, return_dict)
         k = None if run is None or (self.stateless and given is not None and generator is not None) else self._position(run, timestep)
         if run is None or k is None:
             if guidance is not None:
@@ -224,11 +234,14 @@ class FusedScheduler:
         )
         return _result(run.table, run.table.returned[k], run.execute(k, model_output, sample, noise), return_dict)
 
-    def _compiled_step(self, run: Run | None, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool) -> Any:
-        """For a compiler: nothing depends on which step it is but the device's counter."""
+    def _deferred_step(self, run: Run | None, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool) -> Any:
+        """For a compiler or a CUDA graph: nothing depends on which step it is but the device's counter."""
         if run is None or run.table.noisy or len(set(run.table.returned)) > 1:
             reason = self.fallback if run is None else "noise from a torch.Generator" if run.table.noisy else "steps of different results"
-            raise ValueError(f"step: got {reason} under torch.compile, supported there: seeds= and steps that the kernel can execute")
+            where = "under torch.compile and in CUDA graphs"
+            raise ValueError(f"step: got {reason} {where}, supported there: seeds= and steps that the kernel can execute")
+        if _autograd.wanted((sample, model_output, *run.ring)):
+            raise ValueError("step: got a tensor that requires grad under torch.compile, supported: tensors without, or the step outside")
         run.on_device = True
         if self.stateless:
             match = run.timesteps == timestep
@@ -264,6 +277,8 @@ class FusedScheduler:
     def _noise(self, run: Run, k: int, model_output: Tensor, sample: Tensor, generator: Any) -> Tensor | None:
         """The noise of step ``k`` from torch, drawn as the stock class draws it."""
         noise = None
+        if self.pathwise and run.path is None:  # the stock class makes its path, and draws its seed, in steps without noise too
+            self._path(model_output, sample, generator)
         for number, draw in enumerate(run.table.trace.steps[k].draws if run.table.noisy else ()):
             if draw.levels is not None and run.path is not None:
                 a, b = map(float, draw.levels)
@@ -280,6 +295,7 @@ class FusedScheduler:
         """The function of two noise levels that the stock class takes its noise from, where it does."""
         raise NotImplementedError
 
+    @torch.compiler.disable(reason="the first step of a trajectory makes tables on the host; call prepare(sample) before")  # type: ignore[untyped-decorator]
     def _start(
         self, model_output: Any, timestep: Any, sample: Any, options: Mapping[str, Any], seeds: Any, guidance: float | None
     ) -> Run | None:
@@ -289,7 +305,7 @@ class FusedScheduler:
             return None  # the stock class is under way
         kind = _kind(model_output, timestep, sample, options, seeds, guidance)
         if seeds is not None and isinstance(sample, Tensor):
-            seeds = torch.as_tensor(seeds, dtype=torch.int64).to(sample.device)
+            seeds = torch.as_tensor(seeds).to(sample.device)
             check_seeds(seeds, len(sample), sample.device)
         try:
             begin = 0 if self.stateless else self._begin(timestep) if run is None else run.begin
@@ -431,7 +447,7 @@ class FusedScheduler:
                     scaled=self.scaled, kept_shape=shape, sample_dtype=sample.dtype, model_dtype=model_dtype,
                 )  # fmt: skip
                 wide = torch.float64 if torch.float64 in (sample.dtype, model_dtype, *traced.dtypes) else torch.float32
-                table = build(traced, seeded=seeded, guidance=guidance or 1.0, wide=wide, device=sample.device)
+                table = build(traced, seeded=seeded, guidance=guidance or 1.0, wide=wide, device=sample.device, lasting=self.lasting)
             except NotLinear as error:
                 found = str(error)
             else:
@@ -444,6 +460,11 @@ class FusedScheduler:
         if isinstance(found, str):
             raise NotLinear(found)
         return found, host.tolist()
+
+
+def _deferred(sample: Any) -> bool:
+    """Whether what is called now runs later, any number of times: compiled, or recorded in a CUDA graph."""
+    return torch.compiler.is_compiling() or (isinstance(sample, Tensor) and sample.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _kind(model_output: Any, timestep: Any, sample: Any, options: Mapping[str, Any], seeds: Any, guidance: float | None) -> tuple[Any, ...]:
@@ -475,7 +496,7 @@ def _scale_model_input(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> 
     """As the stock class's. One multiplication, once the trajectory has begun."""
     run: Run | None = self._run
     scaled: Tensor
-    if run is not None and (torch.compiler.is_compiling() or run.on_device):
+    if run is not None and (_deferred(sample) or run.on_device):
         scaled = sample * run.scales.index_select(0, run.counter // run.table.launches).to(sample.dtype)
     elif run is not None and run.k < len(run.times) and self._goes_on(run):
         self.is_scale_input_called = True

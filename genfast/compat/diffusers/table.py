@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ class Table:
     returned: Sequence[tuple[int, ...]]  # of every step, the fields that are not None
     used: Sequence[int | None]  # of every step, the draw that its rows read
     ring: int
+    slots: Mapping[int, int]  # of every value that is kept
     initial: Mapping[int, tuple[str, int | None]]  # slots that hold an attribute's value at the start
     noisy: bool
     threshold: bool
@@ -37,12 +38,15 @@ class Table:
         return self
 
 
-def build(trace: Trace, *, seeded: bool, guidance: float, wide: torch.dtype, device: torch.device) -> Table:
+def build(trace: Trace, *, seeded: bool, guidance: float, wide: torch.dtype, device: torch.device, lasting: str = "") -> Table:
     """Pack ``trace``. ``seeded``: the kernel makes the noise, draw k + 1 in step k; else it is read from a slot.
+
+    What the attribute ``lasting`` holds at the end is kept as well.
 
     Raises NotLinear where a step needs more than a row holds.
     """
-    live = _live(trace)
+    left = {value for (name, _), value in trace.steps[-1].held.items() if name == lasting} if lasting else set()
+    live = _live(trace, left)
     slots, ring = _allocate(trace, live)
     used = [_used_draw(step) for step in trace.steps]
     noisy = not seeded and any(step.draws for step in trace.steps)
@@ -90,6 +94,7 @@ def build(trace: Trace, *, seeded: bool, guidance: float, wide: torch.dtype, dev
         returned=returned,
         used=used,
         ring=ring,
+        slots=slots,
         initial={slots[value]: path for value, path in trace.initial.items() if value in slots},
         noisy=noisy,
         threshold=any(step.quantile for step in trace.steps),
@@ -101,9 +106,9 @@ def _reads(step: Step, alive: set[int]) -> set[int]:
     return {term for vector in vectors for term in vector if isinstance(term, int)}
 
 
-def _live(trace: Trace) -> list[set[int]]:
-    """For every step, the values that some later step reads."""
-    alive: set[int] = set()
+def _live(trace: Trace, left: Set[int] = frozenset()) -> list[set[int]]:
+    """For every step, the values that some later step reads or that are ``left`` at the end."""
+    alive = set(left)
     result = []
     for step in reversed(trace.steps):
         result.append(set(alive))

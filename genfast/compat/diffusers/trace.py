@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 Term = str | int
 Vector = dict[Term, float]
 
+_OTHER_NOISE = {torch.rand, torch.rand_like, torch.randint, torch.randint_like, torch.randperm, torch.normal, torch.bernoulli}
 _SCRATCH = ("x", "m", "d", "noise0", "noise1", "noise2")
 
 
@@ -44,6 +45,7 @@ class Step:
 
     returned: tuple[Vector | None, ...]
     kept: Mapping[int, Vector]
+    held: Mapping[tuple[str, int | None], int]  # the attributes that hold values after it, and which
     scale: float  # of scale_model_input
     convert: tuple[float, float]  # (ax, am) of d = ax * x + am * m
     clip: float
@@ -109,7 +111,7 @@ def trace(
         if len(requests[k]) != recorder.draws:
             raise NotLinear("noise that depends on the values of the tensors")
         draws = tuple(requests[k])
-        steps.append(Step(returned, kept, scale, recorder.convert, recorder.clip, recorder.quantile, recorder.max_threshold, draws))
+        steps.append(Step(returned, kept, after, scale, recorder.convert, recorder.clip, recorder.quantile, recorder.max_threshold, draws))
     return Trace(steps, initial, output, in_tuple, dtypes)
 
 
@@ -133,9 +135,11 @@ class _Basis:
             raise NotLinear(f"a tensor of shape {tuple(tensor.shape)} where one of {self.shape} went in")
         *coefficients, combined, constant = tensor.detach().double().flatten().tolist()
         size = max(map(abs, coefficients))
+        if not all(map(math.isfinite, (*coefficients, combined))):
+            raise NotLinear("factors that are not finite")
         expected = math.fsum(c * w for c, w in zip(coefficients, self.weights.tolist(), strict=True))
         scale = math.fsum(abs(c * w) for c, w in zip(coefficients, self.weights.tolist(), strict=True))
-        if constant != 0 or not math.isfinite(size) or abs(combined - expected) > 1e-6 * scale:
+        if constant != 0 or abs(combined - expected) > 1e-6 * scale:
             raise NotLinear("a result that is not linear in the sample, the model output and the noise")
         # What cancelled to rounding error is not there; 1.0 is exactly an input.
         return {term: c for term, c in zip(self.terms, coefficients, strict=True) if abs(c) > 1e-13 * size}
@@ -158,7 +162,7 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (torch.randn, torch.randn_like):
-            shape = args[0].shape if func is torch.randn_like else (args[0] if len(args) == 1 else args)
+            shape = args[0].shape if func is torch.randn_like else args if isinstance(args[0], int) else args[0]
             if tuple(shape) != self.basis.shape:
                 raise NotLinear(f"noise of shape {tuple(shape)}")
             return self._noise()
@@ -262,6 +266,8 @@ class _Requests(TorchFunctionMode):
         return torch.zeros(1, 2, 1, 1, dtype=self.dtype)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _OTHER_NOISE:
+            raise NotLinear("noise that is not normal")
         if func not in (torch.randn, torch.randn_like):
             return func(*args, **(kwargs or {}))
         options = {key: value for key, value in (kwargs or {}).items() if key != "generator"}
