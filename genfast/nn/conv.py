@@ -13,11 +13,11 @@ from genfast import ops
 class ConvBlock(nn.Module):
     """``act(norm(conv(x)))`` with one pass over the pictures after the convolution in evaluation, two in training.
 
-    (B, channels, H, W) -> (B, out_channels, H', W'), in the memory format of ``x``. ``transposed`` makes the convolution a transposed
-    one; ``padding`` defaults to what keeps the size, up to the stride: (kernel - 1) // 2, transposed (kernel - stride + 1) // 2.
-    ``norm`` "batch" or None; without one a bias stands in its place. ``act`` and ``alpha`` as `genfast.ops.bias_act`, gain 1. In evaluation the
-    statistics are folded into the convolution's weight. Parameters are ``conv.weight`` and ``norm.weight``, ``norm.bias`` and the running
-    statistics of `torch.nn.BatchNorm2d`, or ``bias``.
+    (B, channels, H, W) -> (B, out_channels, H', W'), in the memory format of ``x``. ``transposed`` makes the convolution a
+    transposed one; ``padding`` defaults to what keeps the size, up to the stride: (kernel - 1) // 2, transposed
+    (kernel - stride + 1) // 2. ``norm`` "batch" or None; without one a bias stands in its place. ``act`` and ``alpha`` as
+    `genfast.ops.bias_act`, gain 1. In evaluation the statistics are folded into the convolution's weight. Parameters are
+    ``conv.weight`` and ``norm.weight``, ``norm.bias`` and the running statistics of `torch.nn.BatchNorm2d`, or ``bias``.
     """
 
     def __init__(
