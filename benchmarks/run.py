@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import sampling, schedulers, steps, timing
+from benchmarks import gan, sampling, schedulers, steps, timing
 from benchmarks.timing import Options, Row
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITES = {"steps": steps.run, "sampling": sampling.run, "schedulers": schedulers.run}
+SUITES = {"steps": steps.run, "sampling": sampling.run, "schedulers": schedulers.run, "gan": gan.run}
 
 
 def show(rows: list[Row], label: str) -> None:

@@ -31,6 +31,21 @@ const std::vector<Kernel>& catalogue() {
        {"float32", "float64", "bfloat16", "float16"},
        "any; faster with AVX2 and AVX-512",
        "model output float32, bfloat16 or float16; float64 state with float64 or float32 output"},
+      {"bias_act",
+       "cpu",
+       {"float32", "float64", "bfloat16", "float16"},
+       "any; faster with AVX2 and AVX-512",
+       "nine activations, derivatives to the third order"},
+      {"bn_act",
+       "cpu",
+       {"float32", "float64", "bfloat16", "float16"},
+       "any; faster with AVX2 and AVX-512",
+       "batch statistics and activation, backward"},
+      {"upfirdn2d",
+       "cpu",
+       {"float32", "float64", "bfloat16", "float16"},
+       "any; faster with AVX2 and AVX-512",
+       "any scaling, padding and filter, separable or not"},
 #ifdef GENFAST_HAS_CUDA
       {"noise", "cuda", {"float32", "float64", "bfloat16", "float16"}, "sm_75", "docs/noise.md, version 1"},
       {"solver_step",
@@ -38,6 +53,9 @@ const std::vector<Kernel>& catalogue() {
        {"float32", "float64", "bfloat16", "float16"},
        "sm_75",
        "model output float32, bfloat16 or float16; float64 state with float64 or float32 output"},
+      {"bias_act", "cuda", {"float32", "float64", "bfloat16", "float16"}, "sm_75", "nine activations, derivatives to the third order"},
+      {"bn_act", "cuda", {"float32", "float64", "bfloat16", "float16"}, "sm_75", "batch statistics and activation, backward"},
+      {"upfirdn2d", "cuda", {"float32", "float64", "bfloat16", "float16"}, "sm_75", "any scaling, padding and filter, separable or not"},
 #endif
   };
   return kernels;

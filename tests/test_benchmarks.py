@@ -79,3 +79,12 @@ def test_report_makes_tables_from_rows_only(tmp_path: Path, monkeypatch: pytest.
 def test_the_tables_are_what_the_rows_say() -> None:
     run = subprocess.run([sys.executable, "-m", "benchmarks.report", "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout
+
+
+def test_quick_gan_writes_rows(tmp_path: Path) -> None:
+    """Every variant computes the same, or the suite stops."""
+    command = [sys.executable, "-m", "benchmarks.run", "--quick", "--device", "cpu", "--out", str(tmp_path), "--suite", "gan"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    rows = [json.loads(line) for line in (tmp_path / "gan-cpu.jsonl").read_text().splitlines()]
+    assert {row["variant"] for row in rows} == {"genfast", "reference", "conv_transpose2d", "conv2d"}
+    assert all(row["median_us"] > 0 for row in rows)

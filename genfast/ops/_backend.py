@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,7 +33,15 @@ implementations = torch.library.Library("genfast", "IMPL")
 _warned: set[str] = set()
 
 
-def _reference_runs(device: torch.device) -> None:
+def define(schemas: dict[str, str], fallbacks: dict[str, Callable[..., Any]], fakes: dict[str, Callable[..., Any]]) -> None:
+    """Define operators: their schemas, what runs where no kernel is loaded, and the fakes of those that return something."""
+    for name, schema in schemas.items():
+        _library.define(name, schema)
+        implementations.impl(name, fallbacks[name], "CompositeExplicitAutograd")
+        torch.library.register_fake(f"genfast::{name}", fakes.get(name, lambda *_: None), lib=implementations)
+
+
+def reference_runs(device: torch.device) -> None:
     if device.type not in _warned:
         _warned.add(device.type)
         state = getattr(_library.loaded, device.type, "no kernels for this device type")
@@ -40,7 +49,7 @@ def _reference_runs(device: torch.device) -> None:
 
 
 def _noise_(out: Tensor, seeds: Tensor, draw: int, stream: int, uniform: bool) -> None:
-    _reference_runs(out.device)
+    reference_runs(out.device)
     fill = reference.uniform if uniform else reference.normal
     out.copy_(fill(seeds, out.shape, draw=draw, stream=stream, dtype=out.dtype))
 
@@ -70,7 +79,7 @@ def _solver_step_(
     rescale: bool,
     threshold: bool,
 ) -> None:
-    _reference_runs(cond.device)
+    reference_runs(cond.device)
     _check_row(index, int(counter), len(ring))
     options = {"uncond": uncond, "seeds": seeds, "model_input": model_input, "watch": watch}
     reference.solver_step_(ring, cond, coef, index, counter, **options, rescale=rescale, threshold=threshold)

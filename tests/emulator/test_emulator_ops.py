@@ -18,13 +18,16 @@ import torch
 from emulator import emulator_build
 from emulator.step_cases import Case, cases, differing, run_operator, same_bits, tensors_of
 from ops import numpy_noise
+from test_specs import cotangents, gradients
 
-from genfast import ops, reference
-from genfast.ops import _backend
+from genfast import _library, ops, reference
 from genfast.testing import SPECS, OpSpec, operators_from
 from genfast.testing import Case as SpecCase
+from genfast.testing.oracle import assert_accurate, precision
+from genfast.testing.spec import LAYOUTS, Arguments, laid_out, widened
 
 _schemas = torch.library.Library("genfast_emulator", "DEF")
+ACCURATE = ["bias_act", "bn_act", "upfirdn2d"]  # operators with derivatives by kernel, without promised bits
 SANITIZED = os.environ.get("GENFAST_EMULATOR_SANITIZE") == "1"
 
 
@@ -32,8 +35,9 @@ SANITIZED = os.environ.get("GENFAST_EMULATOR_SANITIZE") == "1"
 def emulated() -> Any:
     """torch.ops.genfast_emulator: the CUDA kernels on CPU tensors."""
     path = os.environ.get("GENFAST_EMULATOR_LIBRARY") or str(emulator_build.library(sanitize=SANITIZED))
-    for name in ("noise_", "solver_step_", "solver_step_slots_"):
-        _schemas.define(name + _backend.SCHEMAS[name])
+    for name, schema in _library.loaded.schemas.items():
+        if name.endswith("_"):
+            _schemas.define(name + schema)
     torch.ops.load_library(path)
     return torch.ops.genfast_emulator
 
@@ -44,13 +48,32 @@ def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     yield
 
 
-@pytest.mark.parametrize(("spec", "case"), [pytest.param(s, c, id=f"{s.name}-{c.name}") for s in SPECS.values() for c in s.cases])
+@pytest.mark.parametrize(("spec", "case"), [pytest.param(s, c, id=f"{s.name}-{c.name}") for s in SPECS.values() if s.bits for c in s.cases])
 def test_opspecs(emulated: Any, schedule: None, spec: OpSpec, case: SpecCase) -> None:
     """The cases that the CPU kernels are tested with, through the same wrappers."""
     arguments = case.make(torch.float32)
     with operators_from("genfast_emulator"):
         got = spec.call(ops, arguments)
     assert all(same_bits(a, b) for a, b in zip(got, spec.call(reference, arguments), strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("spec", "case"), [pytest.param(s, c, id=f"{s.name}-{c.name}") for s in map(SPECS.get, ACCURATE) for c in s.cases])
+def test_gradients(emulated: Any, schedule: None, spec: OpSpec, case: SpecCase, dtype: torch.dtype, layout: str) -> None:
+    """Results and gradients, as close as the CPU kernels have to be."""
+    arguments = laid_out(spec, case.make(dtype), LAYOUTS[layout])
+    weights = cotangents(spec, arguments)
+
+    def all_of(namespace: Any, given: Arguments) -> list[torch.Tensor]:
+        derived = [] if "not finite" in case.name else gradients(spec, namespace, given, weights)
+        return spec.call(namespace, given) + derived
+
+    with operators_from("genfast_emulator"):
+        got = all_of(ops, arguments)
+    working, exact = all_of(reference, arguments), all_of(reference, widened(arguments))
+    for result, plain, truth in zip(got, working, exact, strict=True):
+        assert_accurate(case.name, result, plain, truth, precision(spec, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)

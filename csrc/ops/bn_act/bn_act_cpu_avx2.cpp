@@ -1,0 +1,5 @@
+#include "bn_act_cpu_impl.h"
+
+namespace genfast {
+const BnActKernels kBnActAvx2{rows};
+}
