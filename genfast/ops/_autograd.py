@@ -7,7 +7,7 @@ derivatives, so they close under backward, forward and vmap to any order. The ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def _carried(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def wanted(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether a gradient, a tangent or a torch.func transform is about. While compiling, `_refusing` looks for the last two."""
+    """Whether a gradient, a tangent or a torch.func transform is about. While compiling, `refuse_lost_derivatives` sees to the rest."""
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return _carried(tensors)
@@ -94,21 +94,21 @@ def solver_step(
     return list(_apply(_Step, coef, index, seeds, outputs, x, cond, uncond, *history))
 
 
-def _refusing(name: str) -> Callable[..., Any]:
-    """The operator itself, called straight or found by a tracer, where a derivative would be lost without a word."""
+def refuse_lost_derivatives(name: str, instead: str) -> None:
+    """Where the operator ``name``, called straight or found by a tracer, would lose a derivative without a word, it refuses."""
 
     def kernel(*arguments: Any) -> Any:
         tensors = [t for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
         if _carried(tensors):
-            raise refusal(f"torch.ops.genfast.{name}", _DERIVATIVE, "none of these; call genfast.ops.solver_step outside torch.compile")
+            raise refusal(f"torch.ops.genfast.{name}", _DERIVATIVE, f"none of these; call {instead} outside torch.compile")
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.genfast, name).default(*arguments)
 
-    return kernel
+    implementations.impl(name, kernel, "Autograd")
 
 
 for _name in ("solver_step", "solver_step_", "solver_step_slots_"):
-    implementations.impl(_name, _refusing(_name), "Autograd")
+    refuse_lost_derivatives(_name, "genfast.ops.solver_step")
 
 
 def _kernel(

@@ -48,6 +48,7 @@ class OpSpec:
     stacked: Sequence[str] = ()  # arguments whose second dimension is the batch
     differentiable: Sequence[str] = ()  # arguments with derivatives
     twice: Sequence[str] = field(default=())  # names of the cases that are smooth, so that second derivatives can be checked
+    bits: bool = True  # the results are the reference's, bit for bit; else as close as the oracle asks
 
     def call(self, namespace: ModuleType, arguments: Mapping[str, Any]) -> list[Tensor]:
         """What the operator in ``namespace`` gives; ``arguments`` stay as they are."""
