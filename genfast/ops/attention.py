@@ -13,12 +13,14 @@ from torch import Tensor
 from genfast import _library
 
 from . import _attention_blocks as blocks
+from . import _backend
 from ._attention_blocks import Inputs
 from ._autograd import refuse_lost_derivatives, wanted
 from ._backend import implementations
-from ._checks import check_dtype, refusal
+from ._checks import check_dtype, readable, refusal
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, bool causal, float scale"
+_library.define("attention_", f"(Tensor(a!) o, Tensor(b!) lse, {_INPUTS}) -> ()")
 _library.define("attention", f"({_INPUTS}) -> (Tensor, Tensor)")
 _library.define(
     "attention_backward",
@@ -50,6 +52,10 @@ def attention(
     bias, mask, scale = _check(q, k, v, bias, mask, scale)
     if wanted((q, k, v, bias)):
         o, lse = _differentiable(q, k, v, bias, mask, causal, scale)
+    elif readable(q) and all(
+        type(t) in (Tensor, torch.nn.Parameter) for t in (q, k, v)
+    ):  # the dispatcher would cost as much as a small call
+        o, lse = _forward(q, k, v, bias, mask, causal, scale)
     else:
         o, lse = torch.ops.genfast.attention(q, k, v, bias, mask, causal, scale)
     return (o, lse) if return_lse else o
@@ -105,16 +111,26 @@ def _check_broadcast(name: str, t: Tensor, scores: tuple[int, ...], q: Tensor) -
 class Route:
     """What runs, and why."""
 
-    kernel: str  # "torch_cpu_flash" or "blocks"
+    kernel: str  # "genfast", "torch_cpu_flash" or "blocks"
     why: str
 
 
-def _route(q: Tensor, k: Tensor) -> Route:
+def _route(q: Tensor, k: Tensor, terms: bool) -> Route:
+    """Which forward pass runs; ``terms``: there is a bias, a mask or causality."""
+    device, n, d = q.device.type, q.shape[2], q.shape[3]
     if q.numel() == 0 or k.numel() == 0:
         return Route("blocks", "there is nothing to compute")
-    if q.device.type == "cpu":
-        return Route("torch_cpu_flash", "torch's own tiled CPU kernel")
-    return Route("blocks", f"no kernel for {q.dtype} on {q.device.type}: plain torch over blocks of query rows")
+    if not _library.has_kernels(device):
+        return Route("blocks", f"no kernels for {device} are loaded: plain torch over blocks of query rows")
+    if device == "cpu" and q.dtype == torch.float64:
+        return Route("torch_cpu_flash", "float64: torch's tiled CPU kernel")
+    if device == "cpu" and n < 16 and q.shape[1] == k.shape[1]:
+        return Route("torch_cpu_flash", f"{n} queries do not fill a tile: torch's CPU kernel, measured faster below 16")
+    if device == "cpu" and q.dtype == torch.bfloat16 and d > 96 and not terms and q.shape[1] == k.shape[1]:
+        return Route("torch_cpu_flash", f"bfloat16 of head dimension {d} with nothing to add: torch's CPU kernel, measured faster above 96")
+    if device == "cpu":
+        return Route("genfast", "tiles of queries and keys, softmax online")
+    return Route("blocks", f"no kernel for {q.dtype} on {device}: plain torch over blocks of query rows")
 
 
 def _heads_last(like: Tensor) -> Tensor:
@@ -130,7 +146,13 @@ def _laid_out(t: Tensor) -> Tensor:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    if _route(q, k).kernel == "torch_cpu_flash":
+    kernel = _route(q, k, bias is not None or mask is not None or causal).kernel
+    if kernel == "genfast":
+        o, lse = _fake_forward(q)
+        bias, mask = (None if t is None else _rows(t, q, k) for t in (bias, mask))
+        _backend.namespace.attention_(o, lse, _unit(q), _unit(k), _unit(v), bias, mask, causal, scale)
+        return o, lse
+    if kernel == "torch_cpu_flash":
         o, lse = _torch_cpu_flash(q, k, v, bias, mask, causal, scale)
     else:
         o, lse = blocks.forward(Inputs(q, k, v, bias, mask, causal, scale))
@@ -152,7 +174,7 @@ def _backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = Inputs(q, k, v, bias, mask, causal, scale)
-    if _route(q, k).kernel == "torch_cpu_flash" and grad_lse is None:
+    if q.device.type == "cpu" and q.numel() and k.numel() and grad_lse is None:
         grads = _torch_cpu_flash_backward(x, o, lse, grad_o)
         if bias_grad:
             grads += blocks.backward(x, o, lse, grad_o, None, bias_grad=True, only_bias=True)
@@ -177,6 +199,12 @@ def _additive(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, ca
         zero = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias
         bias = torch.where(mask, zero, -torch.inf)
     return None if bias is None else _unit(bias.expand(*bias.shape[:3], m)), causal
+
+
+def _rows(t: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """A bias or mask of full shape, broadcast by strides of 0."""
+    t = _unit(t.expand(*t.shape[:3], k.shape[2]))
+    return t.expand(*q.shape[:3], k.shape[2])
 
 
 def _unit(t: Tensor) -> Tensor:
