@@ -52,12 +52,8 @@ def attention(
     bias, mask, scale = _check(q, k, v, bias, mask, scale)
     if wanted((q, k, v, bias)):
         o, lse = _differentiable(q, k, v, bias, mask, causal, scale)
-    elif readable(q) and all(
-        type(t) in (Tensor, torch.nn.Parameter) for t in (q, k, v)
-    ):  # the dispatcher would cost as much as a small call
-        o, lse = _forward(q, k, v, bias, mask, causal, scale)
     else:
-        o, lse = torch.ops.genfast.attention(q, k, v, bias, mask, causal, scale)
+        o, lse = _call_forward(q, k, v, bias, mask, causal, scale)
     return (o, lse) if return_lse else o
 
 
@@ -226,7 +222,8 @@ def _torch_cpu_flash(
 def _torch_cpu_flash_backward(x: Inputs, o: Tensor, lse: Tensor, grad_o: Tensor) -> tuple[Tensor, ...]:
     additive, causal = _additive(x.q, x.k, x.bias, x.mask, x.causal)
     q, k, v = _unit(x.q), _shared(x.k, x.q), _shared(x.v, x.q)
-    lse = lse.masked_fill(lse == -torch.inf, 0)
+    if additive is not None:
+        lse = lse.masked_fill(lse == -torch.inf, 0)
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         _unit(grad_o), q, k, v, o, lse, 0.0, causal, attn_mask=additive, scale=x.scale
     )
@@ -236,6 +233,25 @@ def _torch_cpu_flash_backward(x: Inputs, o: Tensor, lse: Tensor, grad_o: Tensor)
 def _shared(t: Tensor, q: Tensor) -> Tensor:
     """A key or value head for each query head: torch's kernel knows no groups."""
     return _unit(t) if t.shape[1] == q.shape[1] else t.repeat_interleave(q.shape[1] // t.shape[1], dim=1)
+
+
+def _straight(*tensors: Tensor) -> bool:
+    """Whether nobody watches the operators: then the dispatcher, which costs as much as a small call, is left out."""
+    return readable(tensors[0]) and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+
+
+def _call_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    if _straight(q, k, v):
+        return _untracked(_forward)(q, k, v, *rest)  # type: ignore[return-value]
+    o, lse = torch.ops.genfast.attention(q, k, v, *rest)
+    return o, lse
+
+
+def _call_backward(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    if _straight(do, q, k, v):
+        return _untracked(_backward)(do, dlse, q, k, v, *rest)
+    grads: tuple[Tensor, ...] = torch.ops.genfast.attention_backward(do, dlse, q, k, v, *rest)
+    return grads
 
 
 # ---- the operators ---------------------------------------------------------------------------------------------------------------
@@ -290,8 +306,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
-        o, lse = torch.ops.genfast.attention(q, k, v, bias, mask, causal, scale)
-        return o, lse
+        return _call_forward(q, k, v, bias, mask, causal, scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -306,9 +321,9 @@ class _Attention(torch.autograd.Function):
         if do is None:
             do = torch.zeros_like(o)
         bias_grad = bias is not None and ctx.needs_input_grad[3]
-        grads: tuple[Tensor, ...] = _AttentionBackward.apply(  # type: ignore[no-untyped-call]
-            do, dlse, q, k, v, bias, mask, ctx.causal, ctx.scale, o.detach(), lse.detach(), bias_grad
-        )
+        differentiated = wanted((do, dlse, q, k, v, bias))
+        run = _AttentionBackward.apply if differentiated else _AttentionBackward.forward
+        grads: tuple[Tensor, ...] = run(do, dlse, q, k, v, bias, mask, ctx.causal, ctx.scale, o.detach(), lse.detach(), bias_grad)
         return (*grads[:3], grads[3] if bias_grad else None, None, None, None)
 
     @staticmethod
@@ -354,7 +369,7 @@ class _AttentionBackward(torch.autograd.Function):
         lse: Tensor,
         bias_grad: bool,
     ) -> tuple[Tensor, ...]:
-        grads = torch.ops.genfast.attention_backward(do, dlse, q, k, v, bias, mask, causal, scale, o, lse, bias_grad)
+        grads = _call_backward(do, dlse, q, k, v, bias, mask, causal, scale, o, lse, bias_grad)
         return tuple(grads) if bias_grad else tuple(grads[:3])
 
     @staticmethod
