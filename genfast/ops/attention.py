@@ -100,7 +100,29 @@ def _check_broadcast(name: str, t: Tensor, scores: tuple[int, ...], q: Tensor) -
     return t[(None,) * (4 - t.ndim)]
 
 
+def explain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> str:
+    """Which forward pass and which backward pass `attention` runs for these arguments, and why: two sentences."""
+    _check(q, k, v, bias, mask, scale)
+    route = _route(q, k, bias is not None or mask is not None or causal)
+    if q.device.type == "cpu" and route.why != _NOTHING:
+        backward = "torch's CPU kernel; the gradients of a bias or of the log-sum-exp in plain torch over blocks of query rows"
+    else:
+        backward = "plain torch over blocks of query rows"
+    return f"Forward: {route.kernel} ({route.why}). Backward: {backward}."
+
+
 # ---- which kernel runs -----------------------------------------------------------------------------------------------------------
+
+
+_NOTHING = "there is nothing to compute"
 
 
 @dataclass(frozen=True)
@@ -115,7 +137,7 @@ def _route(q: Tensor, k: Tensor, terms: bool) -> Route:
     """Which forward pass runs; ``terms``: there is a bias, a mask or causality."""
     device, n, d = q.device.type, q.shape[2], q.shape[3]
     if q.numel() == 0 or k.numel() == 0:
-        return Route("blocks", "there is nothing to compute")
+        return Route("blocks", _NOTHING)
     if not _library.has_kernels(device):
         return Route("blocks", f"no kernels for {device} are loaded: plain torch over blocks of query rows")
     if device == "cpu" and q.dtype == torch.float64:
@@ -126,7 +148,15 @@ def _route(q: Tensor, k: Tensor, terms: bool) -> Route:
         return Route("torch_cpu_flash", f"bfloat16 of head dimension {d} with nothing to add: torch's CPU kernel, measured faster above 96")
     if device == "cpu":
         return Route("genfast", "tiles of queries and keys, softmax online")
-    return Route("blocks", f"no kernel for {q.dtype} on {device}: plain torch over blocks of query rows")
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return Route("blocks", f"the {device} kernel takes bfloat16 and float16, not {q.dtype}: plain torch over blocks of query rows")
+    if d % 8 or d > 256:
+        return Route(
+            "blocks", f"the {device} kernel takes head dimensions that are multiples of 8 up to 256, not {d}: plain torch over blocks"
+        )
+    if device == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return Route("blocks", "the kernel needs sm_80 or newer: plain torch over blocks of query rows")
+    return Route("genfast", "mma.sync tiles of queries and keys fed by cp.async, softmax online")
 
 
 def _heads_last(like: Tensor) -> Tensor:
@@ -146,7 +176,8 @@ def _forward(
     if kernel == "genfast":
         o, lse = _fake_forward(q)
         bias, mask = (None if t is None else _rows(t, q, k) for t in (bias, mask))
-        _backend.namespace.attention_(o, lse, _unit(q), _unit(k), _unit(v), bias, mask, causal, scale)
+        q, k, v = (_aligned(t) if q.device.type == "cuda" else _unit(t) for t in (q, k, v))
+        _backend.namespace.attention_(o, lse, q, k, v, bias, mask, causal, scale)
         return o, lse
     if kernel == "torch_cpu_flash":
         o, lse = _torch_cpu_flash(q, k, v, bias, mask, causal, scale)
@@ -201,6 +232,12 @@ def _rows(t: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """A bias or mask of full shape, broadcast by strides of 0."""
     t = _unit(t.expand(*t.shape[:3], k.shape[2]))
     return t.expand(*q.shape[:3], k.shape[2])
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """The CUDA kernel copies 16 bytes at a time."""
+    apart = all(stride % 8 == 0 for stride in t.stride()[:3])
+    return t if t.stride(3) == 1 and apart and t.data_ptr() % 16 == 0 else t.contiguous()
 
 
 def _unit(t: Tensor) -> Tensor:
