@@ -52,12 +52,8 @@ def attention(
     bias, mask, scale = _check(q, k, v, bias, mask, scale)
     if wanted((q, k, v, bias)):
         o, lse = _differentiable(q, k, v, bias, mask, causal, scale)
-    elif readable(q) and all(
-        type(t) in (Tensor, torch.nn.Parameter) for t in (q, k, v)
-    ):  # the dispatcher would cost as much as a small call
-        o, lse = _forward(q, k, v, bias, mask, causal, scale)
     else:
-        o, lse = torch.ops.genfast.attention(q, k, v, bias, mask, causal, scale)
+        o, lse = _call_forward(q, k, v, bias, mask, causal, scale)
     return (o, lse) if return_lse else o
 
 
@@ -104,7 +100,29 @@ def _check_broadcast(name: str, t: Tensor, scores: tuple[int, ...], q: Tensor) -
     return t[(None,) * (4 - t.ndim)]
 
 
+def explain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> str:
+    """Which forward pass and which backward pass `attention` runs for these arguments, and why: two sentences."""
+    _check(q, k, v, bias, mask, scale)
+    route = _route(q, k, bias is not None or mask is not None or causal)
+    if q.device.type == "cpu" and route.why != _NOTHING:
+        backward = "torch's CPU kernel; the gradients of a bias or of the log-sum-exp in plain torch over blocks of query rows"
+    else:
+        backward = "plain torch over blocks of query rows"
+    return f"Forward: {route.kernel} ({route.why}). Backward: {backward}."
+
+
 # ---- which kernel runs -----------------------------------------------------------------------------------------------------------
+
+
+_NOTHING = "there is nothing to compute"
 
 
 @dataclass(frozen=True)
@@ -119,7 +137,7 @@ def _route(q: Tensor, k: Tensor, terms: bool) -> Route:
     """Which forward pass runs; ``terms``: there is a bias, a mask or causality."""
     device, n, d = q.device.type, q.shape[2], q.shape[3]
     if q.numel() == 0 or k.numel() == 0:
-        return Route("blocks", "there is nothing to compute")
+        return Route("blocks", _NOTHING)
     if not _library.has_kernels(device):
         return Route("blocks", f"no kernels for {device} are loaded: plain torch over blocks of query rows")
     if device == "cpu" and q.dtype == torch.float64:
@@ -130,7 +148,13 @@ def _route(q: Tensor, k: Tensor, terms: bool) -> Route:
         return Route("torch_cpu_flash", f"bfloat16 of head dimension {d} with nothing to add: torch's CPU kernel, measured faster above 96")
     if device == "cpu":
         return Route("genfast", "tiles of queries and keys, softmax online")
-    return Route("blocks", f"no kernel for {q.dtype} on {device}: plain torch over blocks of query rows")
+    if q.dtype == torch.float64 or d > 256:
+        return Route(
+            "blocks", f"the {device} kernels take 16- and 32-bit dtypes and head dimensions up to 256, not {q.dtype} of {d}: plain torch"
+        )
+    if q.dtype == torch.float32 or (device == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0)):
+        return Route("genfast", "fused multiply-adds in float32, softmax online")
+    return Route("genfast", "mma.sync tiles of queries and keys fed by cp.async, softmax online")
 
 
 def _heads_last(like: Tensor) -> Tensor:
@@ -226,7 +250,8 @@ def _torch_cpu_flash(
 def _torch_cpu_flash_backward(x: Inputs, o: Tensor, lse: Tensor, grad_o: Tensor) -> tuple[Tensor, ...]:
     additive, causal = _additive(x.q, x.k, x.bias, x.mask, x.causal)
     q, k, v = _unit(x.q), _shared(x.k, x.q), _shared(x.v, x.q)
-    lse = lse.masked_fill(lse == -torch.inf, 0)
+    if additive is not None:
+        lse = lse.masked_fill(lse == -torch.inf, 0)
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         _unit(grad_o), q, k, v, o, lse, 0.0, causal, attn_mask=additive, scale=x.scale
     )
@@ -236,6 +261,25 @@ def _torch_cpu_flash_backward(x: Inputs, o: Tensor, lse: Tensor, grad_o: Tensor)
 def _shared(t: Tensor, q: Tensor) -> Tensor:
     """A key or value head for each query head: torch's kernel knows no groups."""
     return _unit(t) if t.shape[1] == q.shape[1] else t.repeat_interleave(q.shape[1] // t.shape[1], dim=1)
+
+
+def _straight(*tensors: Tensor) -> bool:
+    """Whether nobody watches the operators: then the dispatcher, which costs as much as a small call, is left out."""
+    return readable(tensors[0]) and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+
+
+def _call_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    if _straight(q, k, v):
+        return _untracked(_forward)(q, k, v, *rest)  # type: ignore[return-value]
+    o, lse = torch.ops.genfast.attention(q, k, v, *rest)
+    return o, lse
+
+
+def _call_backward(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    if _straight(do, q, k, v):
+        return _untracked(_backward)(do, dlse, q, k, v, *rest)
+    grads: tuple[Tensor, ...] = torch.ops.genfast.attention_backward(do, dlse, q, k, v, *rest)
+    return grads
 
 
 # ---- the operators ---------------------------------------------------------------------------------------------------------------
@@ -290,8 +334,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
-        o, lse = torch.ops.genfast.attention(q, k, v, bias, mask, causal, scale)
-        return o, lse
+        return _call_forward(q, k, v, bias, mask, causal, scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -306,9 +349,9 @@ class _Attention(torch.autograd.Function):
         if do is None:
             do = torch.zeros_like(o)
         bias_grad = bias is not None and ctx.needs_input_grad[3]
-        grads: tuple[Tensor, ...] = _AttentionBackward.apply(  # type: ignore[no-untyped-call]
-            do, dlse, q, k, v, bias, mask, ctx.causal, ctx.scale, o.detach(), lse.detach(), bias_grad
-        )
+        differentiated = wanted((do, dlse, q, k, v, bias))
+        run = _AttentionBackward.apply if differentiated else _AttentionBackward.forward
+        grads: tuple[Tensor, ...] = run(do, dlse, q, k, v, bias, mask, ctx.causal, ctx.scale, o.detach(), lse.detach(), bias_grad)
         return (*grads[:3], grads[3] if bias_grad else None, None, None, None)
 
     @staticmethod
@@ -354,7 +397,7 @@ class _AttentionBackward(torch.autograd.Function):
         lse: Tensor,
         bias_grad: bool,
     ) -> tuple[Tensor, ...]:
-        grads = torch.ops.genfast.attention_backward(do, dlse, q, k, v, bias, mask, causal, scale, o, lse, bias_grad)
+        grads = _call_backward(do, dlse, q, k, v, bias, mask, causal, scale, o, lse, bias_grad)
         return tuple(grads) if bias_grad else tuple(grads[:3])
 
     @staticmethod

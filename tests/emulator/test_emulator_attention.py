@@ -1,41 +1,23 @@
 """Attention's CUDA kernels under the block emulator, against the float64 reference. docs/emulator.md says what that shows.
 
-Random schedules, and AddressSanitizer through GENFAST_EMULATOR_SANITIZE=1 as in test_emulator_ops.py, whose last tests run this file too.
+test_emulator_ops.py runs this file under AddressSanitizer too.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from emulator import emulator_build
 from torch import Tensor
 
 from genfast import reference
 from genfast.testing.oracle import assert_accurate, same_bits
 
-_schemas = torch.library.Library("genfast_emulator", "FRAGMENT")
+pytestmark = pytest.mark.usefixtures("schedule")
 HALF = [torch.bfloat16, torch.float16]
 # Every kernel width, at its narrowest and widest head, and heads between, with 8 and 16 columns to spare.
 HEADS = [8, 16, 24, 40, 48, 56, 64, 72, 80, 88, 96, 112, 128, 136, 160, 192, 248, 256]
-
-
-@pytest.fixture(scope="module")
-def emulated() -> Any:
-    path = os.environ.get("GENFAST_EMULATOR_LIBRARY") or emulator_build.library(sanitize=os.environ.get("GENFAST_EMULATOR_SANITIZE") == "1")
-    if not hasattr(torch.ops.genfast_emulator, "attention_"):
-        _schemas.define("attention_" + str(torch.ops.genfast.attention_.default._schema).partition("attention_")[2])
-    torch.ops.load_library(str(path))
-    return torch.ops.genfast_emulator
-
-
-@pytest.fixture(autouse=True)
-def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("GENFAST_EMULATOR_SEED", str(getattr(request, "param", 1)))
-    yield
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
@@ -154,10 +136,10 @@ def test_nan_stays_with_its_query(emulated: Any) -> None:
     assert o[0, 0, 3].isnan().all() and lse[0, 0, 3].isnan() and not o[0, 0, :3].isnan().any() and not o[0, 0, 4:].isnan().any()
 
 
-@pytest.mark.parametrize("schedule", [0, 2, 3], indirect=True)
-def test_order_changes_no_bit(emulated: Any, schedule: None) -> None:
+def test_order_changes_no_bit(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = inputs(torch.bfloat16, 40, 100, 40, heads=2)
     o, lse = run(emulated, *arguments)
-    os.environ["GENFAST_EMULATOR_SEED"] = "9"
-    again = run(emulated, *arguments)
-    assert same_bits(o, again[0]) and same_bits(lse, again[1])
+    for seed in (0, 9):
+        monkeypatch.setenv("GENFAST_EMULATOR_SEED", str(seed))
+        again = run(emulated, *arguments)
+        assert same_bits(o, again[0]) and same_bits(lse, again[1])

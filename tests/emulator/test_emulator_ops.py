@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +19,8 @@ from emulator.step_cases import Case, cases, differing, run_operator, same_bits,
 from ops import numpy_noise
 
 from genfast import ops, reference
-from genfast.ops import _backend
 from genfast.testing import SPECS, OpSpec, operators_from
 from genfast.testing import Case as SpecCase
-
-_schemas = torch.library.Library("genfast_emulator", "DEF")
-SANITIZED = os.environ.get("GENFAST_EMULATOR_SANITIZE") == "1"
-
-
-@pytest.fixture(scope="session")
-def emulated() -> Any:
-    """torch.ops.genfast_emulator: the CUDA kernels on CPU tensors."""
-    path = os.environ.get("GENFAST_EMULATOR_LIBRARY") or str(emulator_build.library(sanitize=SANITIZED))
-    for name in ("noise_", "solver_step_", "solver_step_slots_"):
-        _schemas.define(name + _backend.SCHEMAS[name])
-    torch.ops.load_library(path)
-    return torch.ops.genfast_emulator
-
-
-@pytest.fixture
-def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("GENFAST_EMULATOR_SEED", str(getattr(request, "param", 1)))
-    yield
 
 
 @pytest.mark.parametrize(("spec", "case"), [pytest.param(s, c, id=f"{s.name}-{c.name}") for s in SPECS.values() if s.bits for c in s.cases])

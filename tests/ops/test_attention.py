@@ -72,6 +72,14 @@ def test_a_query_that_sees_nothing_gives_zeros_and_gradient_zero(block: int, mon
         assert (g[:, :, [3, 17]] == 0).all()
 
 
+def test_explanations() -> None:
+    q = draw(1, 2, 20, 8, dtype=torch.float32)
+    assert "Forward: genfast (tiles" in ops.explain_attention(q, q, q)
+    assert "torch_cpu_flash (float64" in ops.explain_attention(q.double(), q.double(), q.double())
+    assert "torch_cpu_flash (3 queries" in ops.explain_attention(q[:, :, :3], q, q)
+    assert "Forward: blocks (there is nothing to compute)" in ops.explain_attention(q[:0], q[:0], q[:0])
+
+
 # ---- a sweep -----------------------------------------------------------------------------------------------------------------
 
 

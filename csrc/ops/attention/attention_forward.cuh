@@ -55,16 +55,6 @@ template <class S>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
   return std::is_same_v<S, BFloat16> ? pack_bf16x2(low, high) : pack_f16x2(low, high);
 }
-template <class S>
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  const uint32_t b[2] = {b0, b1};
-  if constexpr (std::is_same_v<S, BFloat16>) {
-    mma_m16n8k16_bf16(c, a, b);
-  } else {
-    mma_m16n8k16_f16(c, a, b);
-  }
-}
-
 template <class S, int kWidth, ForwardKind kKind>
 __global__ void __launch_bounds__(forward_tile(kKind, kWidth).threads(), forward_tile(kKind, kWidth).blocks)
     forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ AttentionAccess wide) {
@@ -125,15 +115,15 @@ __global__ void __launch_bounds__(forward_tile(kKind, kWidth).threads(), forward
       if (!has_step(s)) continue;
       uint32_t a[kRowTiles][4];
 #pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) ldmatrix_x4<false>(a[r], from_queries + r * 16 * kPitch + s * 16);
+      for (int r = 0; r < kRowTiles; ++r) load_matrices<false>(a[r], from_queries + r * 16 * kPitch + s * 16);
 #pragma unroll
       for (int j = 0; j < kKeyTiles; j += 2) {
         uint32_t b[4];
-        ldmatrix_x4<false>(b, from_keys + j * 8 * kPitch + s * 16);
+        load_matrices<false>(b, from_keys + j * 8 * kPitch + s * 16);
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r) {
-          mma<S>(score[r][j], a[r], b[0], b[1]);
-          mma<S>(score[r][j + 1], a[r], b[2], b[3]);
+          mma_m16n8k16<S>(score[r][j], a[r], {b[0], b[1]});
+          mma_m16n8k16<S>(score[r][j + 1], a[r], {b[2], b[3]});
         }
       }
     }
@@ -165,14 +155,14 @@ __global__ void __launch_bounds__(forward_tile(kKind, kWidth).threads(), forward
         here = fmaxf(here, __shfl_xor_sync(~0u, here, 1));
         here = fmaxf(here, __shfl_xor_sync(~0u, here, 2)) * late;
         const float now = fmaxf(most[r][half], here), shift = now == kMinusInfinity ? 0.0f : now;
-        const float shrink = exp2_approx(most[r][half] - shift);
+        const float shrink = exp2_fast(most[r][half] - shift);
         most[r][half] = now;
         float part = 0.0f;
 #pragma unroll
         for (int j = 0; j < kKeyTiles; ++j) {
           float &x = score[r][j][2 * half], &y = score[r][j][2 * half + 1];
-          x = exp2_approx(fmaf(x, late, -shift));
-          y = exp2_approx(fmaf(y, late, -shift));
+          x = exp2_fast(fmaf(x, late, -shift));
+          y = exp2_fast(fmaf(y, late, -shift));
           part += x + y;
         }
         sum[r][half] = fmaf(sum[r][half], shrink, part);
@@ -196,12 +186,12 @@ __global__ void __launch_bounds__(forward_tile(kKind, kWidth).threads(), forward
       for (int s = 0; s < kSteps; ++s) {
         if (!has_step(s)) continue;
         uint32_t b[4];
-        ldmatrix_x4<true>(b, from_values + i * 16 * kPitch + s * 16);
+        load_matrices<true>(b, from_values + i * 16 * kPitch + s * 16);
 #pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) mma<S>(out[r][2 * s], a[r], b[0], b[1]);
+        for (int r = 0; r < kRowTiles; ++r) mma_m16n8k16<S>(out[r][2 * s], a[r], {b[0], b[1]});
         if (!has_half(s)) continue;
 #pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) mma<S>(out[r][2 * s + 1], a[r], b[2], b[3]);
+        for (int r = 0; r < kRowTiles; ++r) mma_m16n8k16<S>(out[r][2 * s + 1], a[r], {b[2], b[3]});
       }
     }
   }
