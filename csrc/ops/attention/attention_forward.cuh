@@ -33,7 +33,7 @@ constexpr ForwardTile forward_tile(ForwardKind kind, int width) {
     case ForwardKind::kFewQueries:  // more blocks
       return {4, 1, 64, width > 80 ? 2 : 3};
     default:
-      return width > 128 ? ForwardTile{8, 1, 64, 1} : ForwardTile{4, 2, 64, 2};
+      return width > 128 ? ForwardTile{8, 1, 64, 1} : ForwardTile{4, 2, width > 80 ? 48 : 64, 2};  // with 64 keys width 128 spills
   }
 }
 
@@ -91,8 +91,12 @@ __global__ void __launch_bounds__(forward_tile(kKind, kWidth).threads(), forward
   const S* const from_queries = my_queries + lane % 16 * kPitch + lane / 16 * 8;
   const S* const from_keys = keys + (lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 8;
   const S* const from_values = values + lane % 16 * kPitch + lane / 16 * 8;
-  const int my_row = warp * kRowTiles * 16 + g;  // of the block; this lane's rows: my_row + 8 * half + 16 * row tile
-  const float factor = p.scale * kLog2e;         // scores in powers of two
+  // This lane's rows of the block: my_row() + 8 * half + 16 * row tile. Worked out where it is used: registers are dear.
+  const auto my_row = [] {
+    const int thread = opaque(static_cast<int>(threadIdx.x));
+    return thread / 32 * kRowTiles * 16 + thread % 32 / 4;
+  };
+  const float factor = p.scale * kLog2e;  // scores in powers of two
 
   float out[kRowTiles][2 * kSteps][4] = {};
   float most[kRowTiles][2], sum[kRowTiles][2];
@@ -140,13 +144,14 @@ __global__ void __launch_bounds__(forward_tile(kKind, kWidth).threads(), forward
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if (finish) {
-          const RowTerms terms = row_terms(p, at, opaque(my_row) + 16 * r + 8 * half, key);
+          const int columns = opaque(static_cast<int>(threadIdx.x)) % 4 * 2;
+          const RowTerms terms = row_terms(p, at, my_row() + 16 * r + 8 * half, key);
 #pragma unroll
           for (int j = 0; j < kKeyTiles; ++j) {
             float &x = score[r][j][2 * half], &y = score[r][j][2 * half + 1];
             x *= factor;
             y *= factor;
-            finish_scores<S>(p, wide, terms, 8 * j + 2 * t, x, y);
+            finish_scores<S>(p, wide, terms, 8 * j + columns, x, y);
           }
         }
         float here = kMinusInfinity;
@@ -206,7 +211,7 @@ __global__ void __launch_bounds__(forward_tile(kKind, kWidth).threads(), forward
       all += __shfl_xor_sync(~0u, all, 1);
       all += __shfl_xor_sync(~0u, all, 2);
       const float inverse = all == 0.0f ? 0.0f : 1.0f / all;
-      const int row = my_row + 16 * r + 8 * half;
+      const int row = my_row() + 16 * r + 8 * half;
       if (t == 0 && row < at.rows) {
         p.lse[(at.batch * p.heads + at.head) * p.n + at.first + row] = all == 0.0f ? kMinusInfinity : fmaf(most[r][half], kLn2, logf(all));
       }

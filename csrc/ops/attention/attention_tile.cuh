@@ -72,11 +72,11 @@ __device__ __forceinline__ T* row_at(T* data, const AttentionRows& at, int64_t b
 template <class S, int kRows, int kColumns, int kPitch, int kThreads>
 __device__ __forceinline__ void load_rows(S* tile, const S* from, int64_t stride, int64_t rows, int d, bool wide) {
   constexpr int kChunks = kColumns / 8;
-  const int columns = (d + 15) / 16 * 16;
+  const int columns = (d + 15) / 16 * 16, thread = opaque(static_cast<int>(threadIdx.x));
   if (wide) {
     if constexpr (kThreads % kChunks == 0 && kRows % (kThreads / kChunks) == 0) {  // a thread stays in its column
       constexpr int kStep = kThreads / kChunks;
-      const int first = static_cast<int>(threadIdx.x) / kChunks, column = static_cast<int>(threadIdx.x) % kChunks * 8;
+      const int first = thread / kChunks, column = thread % kChunks * 8;
       if (column >= columns) return;
       from += first * stride + column;
 #pragma unroll
@@ -86,7 +86,7 @@ __device__ __forceinline__ void load_rows(S* tile, const S* from, int64_t stride
     } else {
 #pragma unroll
       for (int i = 0; i < (kRows * kChunks + kThreads - 1) / kThreads; ++i) {
-        const int at = i * kThreads + static_cast<int>(threadIdx.x), row = at / kChunks, column = at % kChunks * 8;
+        const int at = i * kThreads + thread, row = at / kChunks, column = at % kChunks * 8;
         if (row < kRows && column < columns) {
           cp_async16(tile + row * kPitch + column, from + row * stride + column, row < rows && column < d);
         }
@@ -94,7 +94,7 @@ __device__ __forceinline__ void load_rows(S* tile, const S* from, int64_t stride
     }
   } else {
 #pragma unroll 1
-    for (int at = static_cast<int>(threadIdx.x); at < kRows * kColumns; at += kThreads) {
+    for (int at = thread; at < kRows * kColumns; at += kThreads) {
       const int row = at / kColumns, column = at % kColumns;
       if (column < columns) tile[row * kPitch + column] = row < rows && column < d ? from[row * stride + column] : S{};
     }
