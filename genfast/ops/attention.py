@@ -17,7 +17,7 @@ from . import _backend
 from ._attention_blocks import Inputs
 from ._autograd import refuse_lost_derivatives, wanted
 from ._backend import implementations
-from ._checks import check_dtype, readable, refusal
+from ._checks import check_dtype, check_tensor, readable, refusal
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, bool causal, float scale"
 _library.define("attention_", f"(Tensor(a!) o, Tensor(b!) lse, {_INPUTS}) -> ()")
@@ -100,6 +100,31 @@ def _check_broadcast(name: str, t: Tensor, scores: tuple[int, ...], q: Tensor) -
     return t[(None,) * (4 - t.ndim)]
 
 
+def attention_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tq: Tensor,
+    tk: Tensor,
+    tv: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attention` and its derivative along (``tq``, ``tk``, ``tv``), shaped as q, k and v: what sCM (Lu and Song 2024) and MeanFlow need.
+
+    The other arguments are those of `attention`. Returns the output and its tangent, both (B, H, N, D) in q's dtype, made together from
+    one set of scores in plain torch over blocks of query rows: six products of the size of q k^T, memory linear in the sequence. Both
+    are differentiable. A wrong argument is a ValueError that names it.
+    """
+    bias, mask, scale = _check(q, k, v, bias, mask, scale)
+    for name, t, primal in (("tq", tq, q), ("tk", tk, k), ("tv", tv, v)):
+        check_tensor(name, t, primal.shape, primal.dtype, primal.device)
+    o, _, to, _ = blocks.tangent(Inputs(q, k, v, bias, mask, causal, scale), Inputs(tq, tk, tv, None))
+    return o, to
+
+
 def explain_attention(
     q: Tensor,
     k: Tensor,
@@ -111,12 +136,12 @@ def explain_attention(
 ) -> str:
     """Which forward pass and which backward pass `attention` runs for these arguments, and why: two sentences."""
     _check(q, k, v, bias, mask, scale)
-    route = _route(q, k, bias is not None or mask is not None or causal)
-    if q.device.type == "cpu" and route.why != _NOTHING:
+    chosen = route(q, k, bias is not None or mask is not None or causal)
+    if q.device.type == "cpu" and chosen.why != _NOTHING:
         backward = "torch's CPU kernel; the gradients of a bias or of the log-sum-exp in plain torch over blocks of query rows"
     else:
         backward = "plain torch over blocks of query rows"
-    return f"Forward: {route.kernel} ({route.why}). Backward: {backward}."
+    return f"Forward: {chosen.kernel} ({chosen.why}). Backward: {backward}."
 
 
 # ---- which kernel runs -----------------------------------------------------------------------------------------------------------
@@ -133,7 +158,7 @@ class Route:
     why: str
 
 
-def _route(q: Tensor, k: Tensor, terms: bool) -> Route:
+def route(q: Tensor, k: Tensor, terms: bool) -> Route:
     """Which forward pass runs; ``terms``: there is a bias, a mask or causality."""
     device, n, d = q.device.type, q.shape[2], q.shape[3]
     if q.numel() == 0 or k.numel() == 0:
@@ -170,7 +195,7 @@ def _laid_out(t: Tensor) -> Tensor:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    kernel = _route(q, k, bias is not None or mask is not None or causal).kernel
+    kernel = route(q, k, bias is not None or mask is not None or causal).kernel
     if kernel == "genfast":
         o, lse = _fake_forward(q)
         bias, mask = (None if t is None else _rows(t, q, k) for t in (bias, mask))

@@ -198,6 +198,15 @@ def test_gradient_of_a_tangent() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
 
 
+def test_attention_jvp() -> None:
+    (q, k, v, bias), directions = few(), [t.roll(1) for t in few()[:3]]
+    got = ops.attention_jvp(q, k, v, *directions, bias, MASK, True, 0.7)
+    expected = torch.func.jvp(lambda *t: reference.attention(*t, bias, MASK, True, 0.7), (q, k, v), tuple(directions))
+    torch.testing.assert_close(got, expected)
+    with pytest.raises(ValueError, match=r"tk: got shape \(2, 2, 6, 4\), supported: \(2, 2, 7, 4\)"):
+        ops.attention_jvp(q, k, v, directions[0], directions[1][:, :, :6], directions[2])
+
+
 @pytest.mark.parametrize("dims", [(0, 0, 0, 0), (1, None, 0, None), (None, 2, None, 0), (None, None, None, 3)], ids=str)
 def test_vmap(dims: tuple[int | None, ...]) -> None:
     """Values and per-sample gradients with any of the inputs batched, a bias of one sample for all included."""
