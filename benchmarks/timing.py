@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,20 @@ from genfast.info import cpu_isa
 # away (the runtime then waits a scheduler tick), and the round says nothing about the code.
 NOISY_US = 100.0
 SLOW_SECONDS = 10.0  # a variant that takes longer in all gets fewer rounds, at least five
+
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a suite is asked for. ``threads``: the numbers of CPU threads to time with, [0] on a GPU."""
+
+    device: str
+    threads: list[int]
+    filter: str
+    quick: bool
+    command: str
 
 
 @dataclass
@@ -37,8 +51,8 @@ class Timing:
 class _Clock:
     """Seconds that ``call`` takes, on the host clock, or by events on a CUDA device."""
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self, device: str, counts_itself: bool) -> None:
+        self.device, self.counts_itself = device, counts_itself
         self.probe = torch.zeros(1 << 16)
 
     def noisy(self) -> bool:
@@ -52,6 +66,8 @@ class _Clock:
         return (time.perf_counter() - start) * 1e6 > NOISY_US
 
     def measure(self, call: Callable[[], object], repeats: int) -> float:
+        if self.counts_itself:
+            return sum(cast(float, call()) for _ in range(repeats)) / repeats
         if self.device == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()
@@ -75,12 +91,14 @@ def interleave(
     round_seconds: float = 0.02,
     calls_per_run: int = 1,
     quiet: bool = True,
+    counts_itself: bool = False,
 ) -> dict[str, Timing]:
     """Time every variant in turn, ``rounds`` times. ``calls_per_run``: how many units (say solver steps) one call holds.
 
-    ``quiet``: discard and repeat the rounds during which a core was taken away (CPU only).
+    ``quiet``: discard and repeat the rounds during which a core was taken away (CPU only). ``counts_itself``: a call returns the seconds
+    that count, where not all of it does.
     """
-    clock = _Clock(device)
+    clock = _Clock(device, counts_itself)
     repeats, rounds_of = {}, {}
     for name, call in variants.items():
         call()  # warm up: compilation, allocation, page faults
@@ -133,7 +151,7 @@ def environment(device: str) -> dict[str, Any]:
     return facts
 
 
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
+def append(path: Path, rows: list[Row]) -> None:
     """Append rows to a JSONL file in one write."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:

@@ -8,6 +8,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # Heavy imports (torch) happen inside the commands, so that --help is instant.
 
@@ -52,6 +57,46 @@ def _train_diffusion(arguments: argparse.Namespace) -> None:
         checkpoint_every=arguments.checkpoint_every, sample_every=arguments.sample_every,
     )  # fmt: skip
     print(json.dumps(last))
+
+
+def _train_gan(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from genfast import data
+    from genfast.models import DCGANConfig, Discriminator, Generator
+    from genfast.train import Objective, train_gan
+
+    data.fetch(arguments.data)
+    images, _ = data.load(arguments.data)
+    if arguments.size is not None:
+        images = _padded(images, arguments.size)
+    objective = Objective(
+        arguments.loss, r1=arguments.r1, r2=arguments.r2, gradient_penalty=arguments.gradient_penalty, center=arguments.center,
+        path_length=arguments.path_length, d_every=arguments.d_every, g_every=arguments.g_every,
+    )  # fmt: skip
+    torch.manual_seed(arguments.seed)  # of the initial weights; the training draws are counter-based
+    config = DCGANConfig(
+        size=images.shape[-1], image_channels=1 if images.ndim == 3 else images.shape[1], latent=arguments.latent,
+        channels=arguments.channels, discriminator_norm=not objective.penalises,
+    )  # fmt: skip
+    device = _device(arguments)
+    last = train_gan(
+        Generator(config).to(device), Discriminator(config).to(device), images, about={"data": arguments.data}, objective=objective,
+        out=arguments.out, steps=arguments.steps, batch=arguments.batch, seed=arguments.seed, critic_steps=arguments.critic_steps,
+        lr=arguments.lr, betas=tuple(arguments.betas), ema=arguments.ema, capture=arguments.capture, impl=arguments.impl,
+        checkpoint_every=arguments.checkpoint_every, sample_every=arguments.sample_every,
+    )  # fmt: skip
+    print(json.dumps(last))
+
+
+def _padded(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Square images with a border of zeros: (..., H, H) -> (..., size, size)."""
+    import numpy as np
+
+    border = size - images.shape[-1]
+    if border < 0 or border % 2:
+        raise ValueError(f"--size: got {size}, supported: {images.shape[-1]} or more by an even number")
+    return np.pad(images, [(0, 0)] * (images.ndim - 2) + [(border // 2, border // 2)] * 2)
 
 
 def _sample(arguments: argparse.Namespace) -> None:
@@ -146,6 +191,35 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoint-every", type=int, default=500, help="steps")
     add("--sample-every", type=int, default=0, help="steps between sample grids; 0: none")
     diffusion.set_defaults(run=_train_diffusion)
+
+    gan = train.add_parser("gan", help="a DCGAN", formatter_class=formatter)
+    add = gan.add_argument
+    add("--data", default="fashion", help="name of a data set")
+    add("--out", required=True, help="directory of everything written; an interrupted run there is continued")
+    add("--steps", type=int, default=3000, help="steps of the generator")
+    add("--batch", type=int, default=64, help="images a step")
+    add("--seed", type=int, default=0, help="of the initial weights and of every draw")
+    add("--size", type=int, help="side of the images after a border of zeros, such as 32; that of the data when not given")
+    add("--latent", type=int, default=100, help="length of the generator's input")
+    add("--channels", type=int, default=32, help="of both networks at half the resolution")
+    add("--loss", choices=["logistic", "hinge", "wgan", "lsgan", "relativistic"], default="logistic")
+    add("--r1", type=float, default=0.0, help="gamma of R1, the penalty at real images")
+    add("--r2", type=float, default=0.0, help="gamma of R2, the penalty at generated images")
+    add("--gradient-penalty", type=float, default=0.0, help="lambda of the penalty between the two (10 is usual with wgan)")
+    add("--center", type=float, default=1.0, help="norm the gradient is pulled to between the two: 1 or 0")
+    add("--path-length", type=float, default=0.0, help="weight of path length regularisation (2 is usual)")
+    add("--d-every", type=int, default=1, help="steps between penalties (16 is usual)")
+    add("--g-every", type=int, default=1, help="steps between path lengths (4 is usual)")
+    add("--critic-steps", type=int, default=1, help="steps of the discriminator for one of the generator (5 is usual with wgan)")
+    add("--lr", type=float, default=2e-4, help="learning rate of Adam")
+    add("--betas", type=float, nargs=2, default=[0.5, 0.999], help="of Adam")
+    add("--ema", type=float, default=0.05, help="relative width of the average of the weights")
+    add("--capture", action="store_true", help="one CUDA graph a phase")
+    add("--impl", choices=["fused", "reference"], default="fused", help="of the noise; the bits are the same")
+    add("--device", help="where to run; cuda if torch sees one, else cpu, when not given")
+    add("--checkpoint-every", type=int, default=500, help="steps")
+    add("--sample-every", type=int, default=0, help="steps between sample grids; 0: none")
+    gan.set_defaults(run=_train_gan)
 
     sample = commands.add_parser("sample", help="draw pictures: a row a label, a column a seed", formatter_class=formatter)
     add = sample.add_argument

@@ -13,7 +13,7 @@ import torch
 from benchmarks import report
 from benchmarks.cases import step_cases
 from benchmarks.composites import StockRun, expression
-from benchmarks.run import Fused
+from benchmarks.steps import Fused
 from genfast import ops
 
 ROOT = Path(__file__).resolve().parent.parent

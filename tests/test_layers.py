@@ -21,7 +21,7 @@ ALLOWED = {
     "compat": {"ops", "reference", "samplers", "schedules"},
     "data": set(),
     "train": {"data", "models", "nn", "ops", "reference", "samplers", "schedules"},
-    "testing": {"ops", "reference", "_library"},
+    "testing": {"compat", "ops", "reference", "_library"},
     "info": {"_library", "_C", "__version__"},
 }
 

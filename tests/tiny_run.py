@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import random
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from genfast.models import UNet, UNetConfig
 from genfast.train import train_diffusion
@@ -33,6 +38,35 @@ def run(out: Path, **changes: Any) -> tuple[UNet, dict[str, Any]]:
     images, labels = pictures()
     options: dict[str, Any] = {"steps": STEPS, "batch": 8, "warmup": 5, "checkpoint_every": 4, "log_every": 5, "validate_every": 20}
     return net, train_diffusion(net, images, labels, out=out, progress=False, **{**options, "validation": pictures(12), **changes})
+
+
+def assert_same_bits(straight: Path, other: Path) -> None:
+    """The same tensors in what two runs saved."""
+    for name in ("checkpoint.safetensors", "ema.safetensors"):
+        a, b = load_file(straight / name), load_file(other / name)
+        assert a.keys() == b.keys()
+        assert [key for key in a if not torch.equal(a[key], b[key])] == [], name
+
+
+def kill_at_random(script: str, out: Path) -> None:
+    """Start ``python script out`` four times and SIGKILL it each time once it has logged more than before."""
+    log = out / "log.jsonl"
+
+    def rows() -> int:
+        return log.read_text().count("\n") if log.exists() else 0
+
+    kills = 0
+    for _ in range(4):
+        before = rows()
+        process = subprocess.Popen([sys.executable, script, str(out)], stderr=subprocess.PIPE)
+        while process.poll() is None and rows() <= before:  # it has come further than the one before it
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), errors.decode()
+        kills += process.returncode != 0
+    assert kills >= 1
 
 
 if __name__ == "__main__":

@@ -52,10 +52,10 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """torch's function, computed by `genfast.ops.attention` where a genfast kernel runs and by torch itself everywhere else.
 
-    (B, H, N, D), (B, H / g, M, D), (B, H / g, M, D) -> (B, H, N, D). torch's meaning is kept: ``is_causal`` aligns at the top left, so query
-    i sees keys 0 ... i. torch computes: dropout, head dimensions or batches that differ, ranks other than 4, mixed dtypes, compiled code,
-    what autocast would cast, gradients on CUDA, and whatever `genfast.ops.explain_attention` says has no kernel. One thing differs: a
-    query that sees no key gives zeros, where some of torch's kernels give NaN.
+    (B, H, N, D), (B, H / g, M, D), (B, H / g, M, D) -> (B, H, N, D). torch's meaning is kept: ``is_causal`` aligns at the top left, so
+    query i sees keys 0 ... i. torch computes: dropout, head dimensions or batches that differ, ranks other than 4, mixed dtypes, compiled
+    code, what autocast would cast, gradients on CUDA, and whatever `genfast.ops.explain_attention` says has no kernel. One thing differs:
+    a query that sees no key gives zeros, where some of torch's kernels give NaN.
     """
     if not _ours(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
         return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)

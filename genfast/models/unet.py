@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from genfast.models import store
 from genfast.nn import Attention, Downsample, ResBlock, TimeEmbedding, Upsample
 from genfast.nn.layers import group_norm, zero_
 
@@ -118,13 +116,7 @@ def save(net: UNet, path: str | Path, state: dict[str, Tensor] | None = None, **
     ``state`` replaces the network's own weights (an average of them, say). ``about`` is any JSON-able description of how to use
     the weights (prediction, noise process, class names, ...); `load` returns it.
     """
-    tensors = {name: tensor.detach().float().contiguous().cpu() for name, tensor in (state or net.state_dict()).items()}
-    words = {
-        "genfast": json.dumps({"family": "unet", "config": asdict(net.config), "about": about})
-    }  # one key: safetensors shuffles several
-    temporary = Path(f"{path}.tmp")
-    temporary.write_bytes(serialize(tensors, words))
-    temporary.replace(path)
+    store.write(path, state or net.state_dict(), "unet", asdict(net.config), about)
 
 
 def load(path: str | Path) -> tuple[UNet, dict[str, Any]]:
@@ -132,15 +124,7 @@ def load(path: str | Path) -> tuple[UNet, dict[str, Any]]:
 
     Raises FileNotFoundError if there is no such file, ValueError if it is not one of ours.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            words = json.loads((file.metadata() or {}).get("genfast", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"path: got {path}, which is not a safetensors file ({error})") from None
-    if words.get("family") != "unet":
-        raise ValueError(f"path: got {path}, which is not a U-Net saved by genfast")
-    config: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in words["config"].items()}
+    tensors, config, about = store.read(path, "unet", "a U-Net")
     net = UNet(UNetConfig(**config))
     net.load_state_dict(tensors)
-    return net.eval(), words["about"]
+    return net.eval(), about

@@ -14,6 +14,7 @@ from genfast.schedules import NoiseSchedule, Point
 
 Condition = Tensor | Mapping[str, Any] | None
 Prediction = Literal["epsilon", "v", "x0", "flow", "edm"]
+Variance = Literal["learned", "learned_range"]
 Time = Literal["index", "sigma", "c_noise", "flow"] | Callable[[Point], float]
 
 _PREDICTIONS = ("epsilon", "v", "x0", "flow", "edm")
@@ -33,6 +34,9 @@ class Denoiser:
     ``time`` says what t is: "index" the process's own time, a (possibly fractional) index for a discrete process; "sigma" the
     noise level sigma / alpha; "c_noise" log(sigma / alpha) / 4 (Karras et al. 2022, table 1); "flow" sigma / (alpha + sigma); or a
     function of the `Point`. Default: "index" for variance preserving, "c_noise" for variance exploding, "flow" for flow processes.
+    ``variance``: the network returns twice the channels (dimension 1), the second half of which says the variance of ancestral steps:
+    "learned", its logarithm, or "learned_range", where between the two of `ddpm` it lies, -1 small and 1 large (Nichol and Dhariwal 2021,
+    equation 15). Only ``ddpm(variance="learned")`` reads it; other solvers leave it out.
     ``sigma_data`` is the data's standard deviation ("edm" only). ``dtype`` is the network's input dtype; default: that of its
     first floating point parameter, else the state's.
     """
@@ -41,12 +45,15 @@ class Denoiser:
     prediction: Prediction = "epsilon"
     noise: NoiseSchedule = field(kw_only=True)
     time: Time | None = None
+    variance: Variance | None = field(default=None, kw_only=True)
     sigma_data: float = 0.5
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if self.prediction not in _PREDICTIONS:
             raise ValueError(f"prediction: got {self.prediction!r}, supported: {', '.join(_PREDICTIONS)}")
+        if self.variance not in (None, "learned", "learned_range"):
+            raise ValueError(f"variance: got {self.variance!r}, supported: None, learned, learned_range")
         if not isinstance(self.noise, NoiseSchedule):
             raise ValueError(f"noise: got {self.noise!r}, supported: a NoiseSchedule, for example genfast.schedules.cosine(1000)")
         if self.time is not None and not callable(self.time) and self.time not in _TIMES:
@@ -98,16 +105,19 @@ class Denoiser:
         return next((p.dtype for p in self.net.parameters() if p.is_floating_point()), state)
 
     def evaluate(self, model_input: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
-        """Call the network on an input already scaled by c_in; checks the shape of what it returns."""
+        """Call the network on an input already scaled by c_in; checks the shape of what it returns: the variance's channels included."""
         if cond is None:
             out = self.net(model_input, t)
         elif isinstance(cond, Tensor):
             out = self.net(model_input, t, cond)
         else:
             out = self.net(model_input, t, **cond)
-        if not isinstance(out, Tensor) or out.shape != model_input.shape:
+        shape, what = tuple(model_input.shape), "the input's shape"
+        if self.variance is not None:
+            shape, what = (*shape[:1], 2 * shape[1], *shape[2:]), "twice the input's channels, shape"
+        if not isinstance(out, Tensor) or out.shape != shape:
             got = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
-            raise ValueError(f"net: returned {got}, supported: a tensor of the input's shape {tuple(model_input.shape)}")
+            raise ValueError(f"net: returned {got}, supported: a tensor of {what} {shape}")
         return out
 
     def __call__(self, x: Tensor, sigma: float, cond: Condition = None) -> Tensor:
@@ -115,5 +125,6 @@ class Denoiser:
         point = Point(*(float(v) for v in self.noise.at_sigmas(sigma)))
         t = torch.full((len(x),), self.time_value(point), device=x.device)
         m = self.evaluate((self.c_in(point) * x).to(self.input_dtype(x.dtype)), t, cond).to(x.dtype)
+        m = m if self.variance is None else m.chunk(2, 1)[0]
         ax, am = self.convert(point)
         return ax * x + am * m

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 
-from genfast.schedules import Array, Grid
+from genfast.schedules import Array, Grid, Point
 
 from .plan import Row, Term
 from .rows import Rows, ancestral, choice, combine, decay, ode_step, usable
@@ -183,10 +184,11 @@ def er_sde(g: Grid, *, order: int = 3, s_noise: float = 1.0) -> Rows:
         yield Row(p, {0: out, **save})
 
 
-def _sa_weights(g: Grid, i: int, nodes: list[int], tau: float) -> dict[int, float]:
+def _sa_weights(g: Grid, i: int, nodes: list[int], tau: float, exact: bool) -> dict[int, float]:
     """Weights of d_j, by j, in x_{i+1}: alpha' times the integral of the polynomial through the nodes.
 
-    It is taken in lambda, under (1 + tau^2) exp(-(1 + tau^2) (lambda' - lambda)).
+    It is taken in lambda, under (1 + tau^2) exp(-(1 + tau^2) (lambda' - lambda)). Where not ``exact``, two nodes weigh their slope
+    without the exponential.
     """
     h, kind = g.log_snr[i + 1] - g.log_snr[i], 1 + tau**2
     points, gauss = np.polynomial.legendre.leggauss(32)
@@ -194,14 +196,27 @@ def _sa_weights(g: Grid, i: int, nodes: list[int], tau: float) -> dict[int, floa
     density = gauss / 2 * h * kind * np.exp(-kind * h * (1 - u))
     at = np.array([(g.log_snr[j] - g.log_snr[i]) / h for j in nodes])
     moments = [np.sum(density * u**k) for k in range(len(nodes))]
+    if len(nodes) == 2 and not exact:
+        moments[1] = kind * h / 2
     weights = float(g.alpha[i + 1]) * np.linalg.solve(np.vander(at, increasing=True).T, moments)
     return {j: float(w) for j, w in zip(nodes, weights, strict=True)}
 
 
-def sa_solver(g: Grid, *, predictor_order: int = 2, corrector_order: int = 2, tau: float = 1.0, s_noise: float = 1.0) -> Rows:
-    """SA-Solver, a stochastic Adams predictor and corrector (Xue et al. 2023, algorithm 1, data prediction, constant tau).
+def sa_solver(
+    g: Grid,
+    *,
+    predictor_order: int = 2,
+    corrector_order: int = 2,
+    tau: float | Callable[[Point], float] = 1.0,
+    s_noise: float = 1.0,
+    lower_order_final: bool = False,
+    exact: bool = True,
+) -> Rows:
+    """SA-Solver, a stochastic Adams predictor and corrector (Xue et al. 2023, algorithm 1, data prediction).
 
-    Its weights are integrated exactly. The orders are the numbers of evaluations a predictor and a corrector use beside the newest;
+    ``tau`` is a number or a function of a step's first point. The weights are integrated exactly; the authors' code, and diffusers with it,
+    approximates those of two evaluations (``exact=False``), which keeps the order. ``lower_order_final`` lowers the orders of the
+    last steps. The orders are the numbers of evaluations a predictor uses, and a corrector beside the newest;
     ``corrector_order`` 0 leaves the corrector out. Predictor and corrector of a step share their noise. Slot 1 holds all of the
     corrected state but the evaluation still to come. A step to sigma 0 returns the prediction there.
     """
@@ -211,20 +226,22 @@ def sa_solver(g: Grid, *, predictor_order: int = 2, corrector_order: int = 2, ta
     pending = 0.0  # the newest evaluation's weight in the corrected state; 0: there is nothing to correct
     for i in range(g.steps):
         p, q = g.point(i), g.point(i + 1)
+        strength = tau(p) if callable(tau) else tau
+        most = g.steps - i if lower_order_final else 3
         state: dict[Term, float] = {1: 1.0, "d": pending} if pending else {"x": 1.0}
         pending = 0.0
         save: dict[int, dict[Term, float]] = {2 + i % kept: {"d": 1.0}} if i + 1 < g.steps else {}
         key: dict[int, Term] = {i: "d", **{j: 2 + j % kept for j in range(max(i - kept + 1, 0), i)}}
         if q.sigma == 0 or p.alpha == 0:
-            yield Row(p, {0: {"d": q.alpha, "noise": q.sigma * s_noise} if tau else ode_step(p, q), **save})
+            yield Row(p, {0: {"d": q.alpha, "noise": q.sigma * s_noise} if strength else ode_step(p, q), **save})
             continue
-        decayed = decay(p, q) ** (tau**2)
+        decayed = decay(p, q) ** (strength**2)
         drift = combine((q.sigma / p.sigma * decayed, state), (s_noise * q.sigma * math.sqrt(1 - decayed**2), {"noise": 1.0}))
-        used = [i - k for k in range(min(predictor_order, usable(g, i)))]
-        predicted = combine((1.0, drift), *((w, {key[j]: 1.0}) for j, w in _sa_weights(g, i, used, tau).items()))
+        used = [i - k for k in range(min(predictor_order, usable(g, i), most))]
+        predicted = combine((1.0, drift), *((w, {key[j]: 1.0}) for j, w in _sa_weights(g, i, used, strength, exact).items()))
         if corrector_order and i + 1 < g.steps:
-            used = [i - k for k in range(min(corrector_order, usable(g, i)))]
-            weights = _sa_weights(g, i, [*used, i + 1], tau)
+            used = [i - k for k in range(min(corrector_order, usable(g, i), most))]
+            weights = _sa_weights(g, i, [*used, i + 1], strength, exact)
             pending = weights.pop(i + 1)
             save[1] = combine((1.0, drift), *((w, {key[j]: 1.0}) for j, w in weights.items()))
         yield Row(p, {0: predicted, **save})

@@ -7,8 +7,8 @@ from typing import Literal
 
 from genfast.schedules import Grid
 
-from .plan import Row
-from .rows import Churn, Rows, choice, ode_step, posterior_std
+from .plan import Row, Term
+from .rows import Churn, Rows, ancestral_rf, choice, combine, large_std, ode_step, posterior_std, slope
 
 
 def ddim(g: Grid, *, eta: float = 0.0, s_noise: float = 1.0) -> Rows:
@@ -20,16 +20,35 @@ def ddim(g: Grid, *, eta: float = 0.0, s_noise: float = 1.0) -> Rows:
         yield Row(p, {0: {"x": kept / p.sigma, "d": q.alpha - p.alpha * kept / p.sigma, "noise": s_noise * std}})
 
 
-def ddpm(g: Grid, *, variance: Literal["small", "large"] = "small") -> Rows:
-    """DDPM ancestral sampling (Ho et al. 2020, equations 6 and 7); "large" takes beta, of section 3.2, for the variance."""
-    choice("variance", variance, ("small", "large"))
+def ddim_inverse(g: Grid) -> Rows:
+    """DDIM's ODE followed backwards, from data to noise (Song et al. 2021a, section 4.3): inversion of a given sample.
+
+    It starts from the state at the grid's last point, which `Sampler` takes as ``latent``, and visits the grid in reverse. At sigma 0
+    the network says nothing about noise and is asked at the next point instead.
+    """
+    for i in range(g.steps, 0, -1):
+        p, q = g.point(i), g.point(i - 1)
+        if p.sigma == 0:
+            yield Row(q, {0: combine((q.alpha, {"x": 1.0}), (q.sigma, slope(q)))})
+        else:
+            yield Row(p, {0: ode_step(p, q)})
+
+
+def ddpm(g: Grid, *, variance: Literal["small", "large", "learned"] = "small") -> Rows:
+    """DDPM ancestral sampling (Ho et al. 2020, equations 6 and 7); "large" takes beta, of section 3.2, for the variance.
+
+    "learned" takes the network's (`Denoiser`'s ``variance``; Nichol and Dhariwal 2021, section 3.1).
+    """
+    choice("variance", variance, ("small", "large", "learned"))
     for i in range(g.steps):
         p, q = g.point(i), g.point(i + 1)
         std = posterior_std(p, q)
         kept = math.sqrt(max(q.sigma**2 - std**2, 0.0))
-        if variance == "large" and q.sigma > 0:  # the last step draws no noise
-            std = math.sqrt(max(p.sigma**2 - (p.alpha / q.alpha * q.sigma) ** 2, 0.0))
-        yield Row(p, {0: {"x": kept / p.sigma, "d": q.alpha - p.alpha * kept / p.sigma, "noise": std}})
+        out: dict[Term, float] = {"x": kept / p.sigma, "d": q.alpha - p.alpha * kept / p.sigma, "noise": std}
+        if variance != "small" and q.sigma > 0:  # the last step draws no noise
+            del out["noise"]
+            out |= {"noise": large_std(p, q)} if variance == "large" else {"learned": 1.0}
+        yield Row(p, {0: out})
 
 
 def euler_ancestral(g: Grid, *, eta: float = 1.0, s_noise: float = 1.0) -> Rows:
@@ -37,16 +56,36 @@ def euler_ancestral(g: Grid, *, eta: float = 1.0, s_noise: float = 1.0) -> Rows:
     yield from ddim(g, eta=eta, s_noise=s_noise)
 
 
-def consistency(g: Grid) -> Rows:
-    """Multistep consistency sampling (Song et al. 2023, algorithm 1), as of latent consistency models (Luo et al. 2023): d, noised anew."""
+def euler_ancestral_rf(g: Grid, *, eta: float = 1.0, s_noise: float = 1.0) -> Rows:
+    """Ancestral Euler for rectified flows (ComfyUI): `euler_ancestral` with `ancestral_rf`'s levels."""
+    for i in range(g.steps):
+        p, q = g.point(i), g.point(i + 1)
+        down, up = ancestral_rf(p, q, eta)
+        kept = q.alpha * down / p.sigma
+        yield Row(p, {0: {"x": kept, "d": q.alpha - p.alpha * kept, "noise": q.alpha * up * s_noise}})
+
+
+def consistency(g: Grid, *, epsilon: float = 0.0) -> Rows:
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1): d, noised anew.
+
+    ``epsilon`` is the level, in sigma / alpha, at which the model's boundary condition holds; no noise leads to it or below.
+    """
     for i in range(g.steps):
         q = g.point(i + 1)
-        yield Row(g.point(i), {0: {"d": q.alpha, "noise": q.sigma}})
+        std = math.sqrt(max((q.sigma / q.alpha) ** 2 - epsilon**2, 0.0))
+        yield Row(g.point(i), {0: {"d": q.alpha, "noise": q.alpha * std}})
 
 
-def lcm(g: Grid) -> Rows:
-    """Latent consistency models' sampler (Luo et al. 2023): the name others know `consistency` by."""
-    yield from consistency(g)
+def lcm(g: Grid, *, timestep_scaling: float = math.inf, sigma_data: float = 0.5) -> Rows:
+    """Latent consistency models' sampler (Luo et al. 2023): `consistency`, d being c_skip x + c_out d in the paper's appendix C.
+
+    With s = ``timestep_scaling`` times the process's time, c_skip = sigma_data^2 / (s^2 + sigma_data^2) and c_out = sqrt(1 - c_skip).
+    diffusers takes 10, which makes c_skip small; the default leaves it out.
+    """
+    for i in range(g.steps):
+        p, q = g.point(i), g.point(i + 1)
+        skip = 0.0 if timestep_scaling == math.inf else sigma_data**2 / ((timestep_scaling * p.time) ** 2 + sigma_data**2)
+        yield Row(p, {0: {"x": q.alpha * skip, "d": q.alpha * math.sqrt(1 - skip), "noise": q.sigma}})
 
 
 def tcd(g: Grid, *, eta: float = 0.3) -> Rows:

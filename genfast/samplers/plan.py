@@ -22,7 +22,8 @@ from genfast.schedules import NoiseSchedule, Point
 if TYPE_CHECKING:
     from .denoiser import Denoiser
 
-# What an output is a combination of: "x" the state, "d" the denoised prediction, "m" the network's output, "noise", a slot's number.
+# What an output is a combination of: "x" the state, "d" the denoised prediction, "u" that of the unconditional half alone,
+# "m" the network's output, "noise" standard normal, "learned" noise of the network's own standard deviation, a slot's number.
 Term = str | int
 Terms = Mapping[Term, float]
 
@@ -46,7 +47,15 @@ class Row:
 
     @property
     def noisy(self) -> bool:
-        return any("noise" in terms for terms in self.outputs.values())
+        return any("noise" in terms or "learned" in terms for terms in self.outputs.values())
+
+    @property
+    def learned(self) -> bool:
+        return any("learned" in terms for terms in self.outputs.values())
+
+    @property
+    def unconditional(self) -> bool:
+        return any("u" in terms for terms in self.outputs.values())
 
     @property
     def reads(self) -> list[int]:
@@ -67,6 +76,7 @@ class Plan:
     slots: int
     scale: float
     noise_slot: int | None = None
+    uncond_slot: int | None = None  # holds the denoised prediction of the unconditional half, for rows that read it
 
     def with_denoised(self) -> Plan:
         """The same plan, every row of which leaves its denoised prediction in a slot (`Row.denoised`)."""
@@ -84,11 +94,28 @@ class Plan:
         if not any(row.noisy for row in self.rows):
             return self
         slot = self.slots
+        return replace(self._renamed("noise", slot)._renamed("learned", slot), slots=slot + 1, noise_slot=slot)
+
+    def with_uncond_slot(self) -> Plan:
+        """The same plan, reading "u" from one more slot: for runs that evaluate both halves."""
+        if not any(row.unconditional for row in self.rows):
+            return self
+        return replace(self._renamed("u", self.slots), slots=self.slots + 1, uncond_slot=self.slots)
+
+    def without_uncond(self) -> Plan:
+        """The same plan for a run without an unconditional half, where "u" is "d"."""
+        return self._renamed("u", "d")
+
+    def _renamed(self, old: Term, new: Term) -> Plan:
         rows = []
         for row in self.rows:
-            outputs = {out: {slot if key == "noise" else key: c for key, c in terms.items()} for out, terms in row.outputs.items()}
+            outputs: dict[int, dict[Term, float]] = {}
+            for slot, terms in row.outputs.items():
+                out = outputs[slot] = {key: c for key, c in terms.items() if key != old}
+                if old in terms:
+                    out[new] = out.get(new, 0.0) + terms[old]
             rows.append(replace(row, outputs=outputs))
-        return replace(self, rows=rows, slots=slot + 1, noise_slot=slot)
+        return replace(self, rows=rows)
 
     def table(self) -> str:
         """The plan as text: one line per row with its time, alpha, sigma and outputs."""
@@ -137,45 +164,61 @@ class Plan:
         threshold: float | None = None,
         max_threshold: float = math.inf,
         model_input: bool = True,
+        denoised_slot: int | None = None,
     ) -> Program:
         """Pack the rows for the kernel, for one denoiser.
 
         ``dtype`` is the state's; ``guidance`` one scale or one per row; ``model_input`` whether the kernel writes the next input of
-        the network. The other arguments are those of `Sampler`. Raises ValueError where the denoiser cannot convert a row's point.
+        the network; ``denoised_slot`` where the denoised prediction goes first, for the rows to read in place of the network's output. The
+        other arguments are those of `Sampler`. Raises ValueError where the denoiser cannot convert a row's point.
         """
         scales = [float(guidance)] * len(self.rows) if isinstance(guidance, int | float) else [float(g) for g in guidance]
         c_in = [den.c_in(row.point) for row in self.rows]
-        packed = [
+        converts = [den.convert(row.point) for row in self.rows]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+        def table(packed: list[tuple[list[float], list[int]]]) -> Table:
+            coef = torch.tensor([floats for floats, _ in packed], dtype=wide, device=device)
+            return coef, torch.tensor([ints for _, ints in packed], dtype=torch.int64, device=device)
+
+        shaping: dict[str, Any] = {"clip": clip or 0.0, "rescale": guidance_rescale}
+        shaping |= {"quantile": threshold or 0.0, "max_threshold": max_threshold}
+        denoised = uncond = None
+        if self.uncond_slot is not None:
+            uncond = table([pack_row(convert=convert, outputs={self.uncond_slot: {"d": 1.0}}) for convert in converts])
+        if denoised_slot is not None:
+            write: dict[int, Terms] = {denoised_slot: {"d": 1.0}}
+            denoised = table([pack_row(convert=c, outputs=write, guidance=g, **shaping) for c, g in zip(converts, scales, strict=True)])
+            converts, shaping = [(0.0, 1.0)] * len(self.rows), {}
+        main = [
             pack_row(
-                convert=den.convert(row.point),
+                convert=convert,
                 outputs=row.outputs,
                 guidance=g,
-                clip=clip or 0.0,
                 next_c_in=next_c_in if model_input else 0.0,
-                rescale=guidance_rescale,
-                quantile=threshold or 0.0,
-                max_threshold=max_threshold,
                 draw=row.draw,
+                **shaping,
             )
-            for row, g, next_c_in in zip(self.rows, scales, [*c_in[1:], 0.0], strict=True)
+            for row, convert, g, next_c_in in zip(self.rows, converts, scales, [*c_in[1:], 0.0], strict=True)
         ]
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return Program(
-            coef=torch.tensor([floats for floats, _ in packed], dtype=wide, device=device),
-            index=torch.tensor([ints for _, ints in packed], dtype=torch.int64, device=device),
-            times=torch.tensor([den.time_value(row.point) for row in self.rows], dtype=torch.float32, device=device),
-            c_in=c_in,
-        )
+        coef, index = table(main)
+        times = torch.tensor([den.time_value(row.point) for row in self.rows], dtype=torch.float32, device=device)
+        return Program(coef, index, times, c_in, denoised, uncond)
+
+
+Table = tuple[Tensor, Tensor]  # coefficients (rows, 40) float32, float64 for a float64 state; integers (rows, 12) int64
 
 
 @dataclass(frozen=True)
 class Program:
     """A plan packed for the kernel."""
 
-    coef: Tensor  # (rows, 40) float32, float64 for a float64 state
-    index: Tensor  # (rows, 12) int64
+    coef: Tensor  # the rows: a `Table`
+    index: Tensor
     times: Tensor  # (rows,) float32, what the network is fed
     c_in: list[float]  # of every row's point
+    denoised: Table | None = None  # executed before them on both halves: writes the denoised prediction to its slot
+    uncond: Table | None = None  # executed before them on the unconditional half: writes its denoised prediction to `Plan.uncond_slot`
 
 
 def _label(term: Term) -> str:

@@ -23,6 +23,11 @@ def posterior_std(p: Point, q: Point) -> float:
     return q.sigma * math.sqrt(max(1 - decay(p, q) ** 2, 0.0))
 
 
+def large_std(p: Point, q: Point) -> float:
+    """Standard deviation of the "large" variance, beta (Ho et al. 2020, section 3.2): the noise that the process adds from q to p."""
+    return math.sqrt(max(p.sigma**2 - (p.alpha / q.alpha * q.sigma) ** 2, 0.0))
+
+
 def combine(*parts: tuple[float, Terms]) -> dict[Term, float]:
     """The weighted sum of linear combinations."""
     total: dict[Term, float] = {}
@@ -46,6 +51,16 @@ def ancestral(r: float, r_next: float, eta: float) -> tuple[float, float]:
     """k-diffusion's sigma_down and sigma_up: the ODE is followed to the one, noise of the other leads to r'."""
     up = min(r_next, eta * r_next * math.sqrt(max(1 - (r_next / r) ** 2, 0.0)))
     return math.sqrt(r_next**2 - up**2), up
+
+
+def ancestral_rf(p: Point, q: Point, eta: float) -> tuple[float, float]:
+    """ComfyUI's for rectified flows: down lies at t' (1 - eta (1 - t' / t)), t = sigma / (alpha + sigma); both as sigma / alpha."""
+    t, t_next = p.sigma / (p.alpha + p.sigma), q.sigma / (q.alpha + q.sigma)
+    if not eta:
+        return q.sigma / q.alpha, 0.0
+    t_down = t_next * (1 - eta * (1 - t_next / t))
+    down = t_down / (1 - t_down)
+    return down, math.sqrt(max((q.sigma / q.alpha) ** 2 - down**2, 0.0))
 
 
 def raise_noise(at: Point, to: Point, terms: Terms, s_noise: float) -> dict[Term, float]:

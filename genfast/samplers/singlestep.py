@@ -15,7 +15,7 @@ import numpy as np
 from genfast.schedules import Array, Grid, Point
 
 from .plan import Row, Term, Terms
-from .rows import Churn, Rows, ancestral, choice, combine, ode_step, raise_noise, slope
+from .rows import Churn, Rows, ancestral, ancestral_rf, choice, combine, ode_step, raise_noise, slope
 
 Arrive = Callable[[dict[Term, float]], Terms]  # from the terms of a state to those of the state with its noise raised
 
@@ -77,24 +77,28 @@ def _karras_levels(low: float, high: float, steps: int, rho: float = 7.0) -> Arr
     return np.asarray((high ** (1 / rho) + np.linspace(0, 1, steps) * (low ** (1 / rho) - high ** (1 / rho))) ** rho)
 
 
-def heunpp2(g: Grid) -> Rows:
-    """Heun++ (Carzit, sd-webui-samplers-scheduler; as in ComfyUI): up to three slopes, weighted by their noise level over the first one."""
+def heunpp2(g: Grid, *, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0) -> Rows:
+    """Heun++ (Carzit, sd-webui-samplers-scheduler; ComfyUI), with churn: up to three slopes, weighted by their noise level over the first.
+
+    The last step, whatever it leads to, is Euler's, and the one before has two slopes.
+    """
+    churn = Churn(g, s_churn, s_tmin, s_tmax, s_noise)
     top = float(g.ratio[0] if g.alpha[0] > 0 else g.ratio[1])
     for i in range(g.steps):
-        p, q = g.point(i), g.point(i + 1)
-        if q.sigma == 0 or p.alpha == 0:
-            yield Row(p, {0: ode_step(p, q)})
+        p, q = churn.points[i], g.point(i + 1)
+        if i + 1 == g.steps or p.alpha == 0:
+            yield Row(p, {0: churn.arrive(i + 1, ode_step(p, q))})
             continue
-        far = g.point(i + 2) if i + 2 <= g.steps and g.sigma[i + 2] > 0 else None
+        far = g.point(i + 2) if i + 2 < g.steps else None
         w2, w3 = (g.ratio[i + 1] / (2 * top), 0.0) if far is None else (g.ratio[i + 1] / (3 * top), g.ratio[i + 2] / (3 * top))
-        step = q.alpha * (g.ratio[i + 1] - g.ratio[i])
+        step = q.alpha * (g.ratio[i + 1] - p.sigma / p.alpha)
         yield Row(p, {0: ode_step(p, q), 1: combine((q.alpha / p.alpha, {"x": 1.0}), (step * (1 - w2 - w3), slope(p)))})
         mixed = combine((1.0, {1: 1.0}), (step * w2, slope(q)))
         if far is None:
-            yield Row(q, {0: mixed})
+            yield Row(q, {0: churn.arrive(i + 1, mixed)})
             continue
         yield Row(q, {0: ode_step(q, far), 1: mixed})
-        yield Row(far, {0: combine((1.0, {1: 1.0}), (step * w3, slope(far)))})
+        yield Row(far, {0: churn.arrive(i + 1, combine((1.0, {1: 1.0}), (step * w3, slope(far))))})
 
 
 def _midpoint(g: Grid, p: Point, q: Point, down: float, up: float, exponential: bool) -> Rows:
@@ -125,10 +129,10 @@ def dpm2(g: Grid, *, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = 
         yield Row(second.point, {0: churn.arrive(i + 1, {key: c for key, c in second.outputs[0].items() if key != "noise"})})
 
 
-def _ancestral_midpoint(g: Grid, eta: float, s_noise: float, exponential: bool) -> Rows:
+def _ancestral_midpoint(g: Grid, levels: Callable[[Point, Point], tuple[float, float]], s_noise: float, exponential: bool) -> Rows:
     for i in range(g.steps):
         p, q = g.point(i), g.point(i + 1)
-        down, up = ancestral(float(g.ratio[i]), float(g.ratio[i + 1]), eta)
+        down, up = levels(p, q)
         if p.alpha == 0 or down == 0:
             kept = q.alpha * down / p.sigma
             yield Row(p, {0: {"x": kept, "d": q.alpha - p.alpha * kept, "noise": q.alpha * up * s_noise}})
@@ -136,14 +140,54 @@ def _ancestral_midpoint(g: Grid, eta: float, s_noise: float, exponential: bool) 
             yield from _midpoint(g, p, q, down, up * s_noise, exponential)
 
 
+def _ratio(p: Point) -> float:
+    return p.sigma / p.alpha if p.alpha else math.inf
+
+
 def dpm2_ancestral(g: Grid, *, eta: float = 1.0, s_noise: float = 1.0) -> Rows:
     """Ancestral `dpm2` (k-diffusion; KDPM2Ancestral in diffusers)."""
-    yield from _ancestral_midpoint(g, eta, s_noise, exponential=False)
+    yield from _ancestral_midpoint(g, lambda p, q: ancestral(_ratio(p), _ratio(q), eta), s_noise, exponential=False)
 
 
 def dpmpp_2s_ancestral(g: Grid, *, eta: float = 1.0, s_noise: float = 1.0) -> Rows:
     """Ancestral DPM-Solver++(2S) (k-diffusion; Lu et al. 2022b, algorithm 1 with r = 1/2)."""
-    yield from _ancestral_midpoint(g, eta, s_noise, exponential=True)
+    yield from _ancestral_midpoint(g, lambda p, q: ancestral(_ratio(p), _ratio(q), eta), s_noise, exponential=True)
+
+
+def flow_midpoint(g: Grid) -> Rows:
+    """The midpoint method on dx/dt = v (Liu et al. 2023), in any process's coordinates x / (alpha + sigma); to sigma 0, too."""
+    for i in range(g.steps):
+        p, q = g.point(i), g.point(i + 1)
+        yield from _midpoint_in_t(g, p, q, q, (_t(p) + _t(q)) / 2, 0.0)
+
+
+def dpm2_ancestral_rf(g: Grid, *, eta: float = 1.0, s_noise: float = 1.0) -> Rows:
+    """Ancestral `dpm2` for rectified flows (ComfyUI): the midpoint method on dx/dt = v, the middle even in log t."""
+    for i in range(g.steps):
+        p, q = g.point(i), g.point(i + 1)
+        down, up = ancestral_rf(p, q, eta)
+        if down == 0:
+            yield Row(p, {0: {"d": q.alpha, "noise": q.alpha * up * s_noise}})
+        else:
+            yield from _midpoint_in_t(g, p, q, g.at(down), math.sqrt(_t(p) * down / (1 + down)), up * s_noise)
+
+
+def _t(p: Point) -> float:
+    return p.sigma / (p.alpha + p.sigma)
+
+
+def _midpoint_in_t(g: Grid, p: Point, q: Point, down: Point, t_mid: float, up: float) -> Rows:
+    """A step to the point ``down`` by the slope at t_mid, then noise ``up`` to q; dz/dt = (z - d) / t in z = x / (alpha + sigma)."""
+    mid = g.at(t_mid / (1 - t_mid))
+    scale, keep = mid.alpha + mid.sigma, q.alpha / down.alpha * (down.alpha + down.sigma)
+    weight = keep * (_t(down) - _t(p)) / t_mid
+    yield Row(p, {0: ode_step(p, mid), 1: {"x": 1 / (p.alpha + p.sigma)}})
+    yield Row(mid, {0: {1: keep, "x": weight / scale, "d": -weight, "noise": q.alpha * up}})
+
+
+def dpmpp_2s_ancestral_rf(g: Grid, *, eta: float = 1.0, s_noise: float = 1.0) -> Rows:
+    """Ancestral DPM-Solver++(2S) for rectified flows (ComfyUI); from alpha = 0 a step of first order."""
+    yield from _ancestral_midpoint(g, lambda p, q: ancestral_rf(p, q, eta), s_noise, exponential=True)
 
 
 def dpmpp_sde(g: Grid, *, eta: float = 1.0, s_noise: float = 1.0) -> Rows:

@@ -15,16 +15,27 @@ from genfast.schedules import Grid, unknown_name
 
 from .adams import deis, dpm_solver, gradient_estimation, ipndm, lms, pndm
 from .exponential import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, er_sde, res_multistep, sa_solver, unipc
-from .first_order import consistency, ddim, ddpm, euler, euler_ancestral, flow_euler, lcm, tcd
+from .first_order import consistency, ddim, ddim_inverse, ddpm, euler, euler_ancestral, euler_ancestral_rf, flow_euler, lcm, tcd
+from .guided import (
+    dpmpp_2m_cfg_pp,
+    dpmpp_2s_ancestral_cfg_pp,
+    euler_ancestral_cfg_pp,
+    euler_cfg_pp,
+    gradient_estimation_cfg_pp,
+    res_multistep_cfg_pp,
+)
 from .plan import Plan, assemble
 from .rows import Rows, Solver
 from .singlestep import (
     dpm2,
     dpm2_ancestral,
+    dpm2_ancestral_rf,
     dpmpp_2s_ancestral,
+    dpmpp_2s_ancestral_rf,
     dpmpp_sde,
     dpmpp_singlestep,
     flow_heun,
+    flow_midpoint,
     heun,
     heunpp2,
     restart,
@@ -38,6 +49,7 @@ SOLVERS: dict[str, Solver] = {
     f.__name__: f
     for f in (
         ddim,
+        ddim_inverse,
         ddpm,
         euler,
         euler_ancestral,
@@ -69,6 +81,16 @@ SOLVERS: dict[str, Solver] = {
         unipc,
         flow_euler,
         flow_heun,
+        flow_midpoint,
+        euler_ancestral_rf,
+        dpm2_ancestral_rf,
+        dpmpp_2s_ancestral_rf,
+        euler_cfg_pp,
+        euler_ancestral_cfg_pp,
+        dpmpp_2m_cfg_pp,
+        dpmpp_2s_ancestral_cfg_pp,
+        res_multistep_cfg_pp,
+        gradient_estimation_cfg_pp,
     )
 }
 

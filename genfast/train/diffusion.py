@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -24,14 +22,28 @@ from genfast import schedules
 from genfast.models.unet import UNet, save
 from genfast.schedules import NoiseSchedule
 from genfast.train import ema as averages
-from genfast.train.checkpoint import read_checkpoint, write_atomically, write_checkpoint
+from genfast.train.checkpoint import write_atomically
 from genfast.train.pictures import Prediction, sample_grid
+from genfast.train.run import (
+    LABELS,
+    MOST_SEED,
+    NOISE,
+    TIMES,
+    VALIDATION,
+    DataOrder,
+    Images,
+    append,
+    check_number,
+    cut_log,
+    digest,
+    epoch_order,
+    load_checkpoint,
+    plot_log,
+    sample_seeds,
+    save_checkpoint,
+    to_model,
+)
 
-# Streams of docs/noise.md. Every random number of a run is a function of (run seed, global sample number).
-TIMES, NOISE, LABELS, ORDER = 1, 2, 4, 5
-VALIDATION = 2**39  # the first sample number of the validation draws, out of reach of training
-
-Images = NDArray[np.uint8]
 Labels = NDArray[np.integer[Any]]
 
 
@@ -91,8 +103,8 @@ def train_diffusion(
     device = next(net.parameters()).device
     # What decides the bits of the weights; how often something is written does not.
     config: dict[str, Any] = {
-        "network": asdict(net.config), "data": _digest(images, labels), "steps": steps, "batch": batch, "seed": seed,
-        "prediction": prediction, "noise": [noise.name, noise.shift, _digest(noise.alphas_cumprod)], "min_snr": min_snr,
+        "network": asdict(net.config), "data": digest(images, labels), "steps": steps, "batch": batch, "seed": seed,
+        "prediction": prediction, "noise": [noise.name, noise.shift, digest(noise.alphas_cumprod)], "min_snr": min_snr,
         "label_dropout": label_dropout, "lr": lr, "lr_schedule": lr_schedule, "warmup": warmup, "betas": betas,
         "weight_decay": weight_decay, "clip_grad": clip_grad, "ema": ema, "autocast": autocast, "device": device.type,
     }  # fmt: skip
@@ -105,38 +117,23 @@ def train_diffusion(
     rng = import_module("genfast.reference.noise" if impl == "reference" else "genfast.ops.noise")
 
     done = 0
-    checkpoint = out / "checkpoint.safetensors"
-    found = read_checkpoint(checkpoint)
+    found = load_checkpoint(out, config)
     if found is not None:
-        tensors, state = found
-        _same_config(state["config"], config, out)
-        if state["threads"] != torch.get_num_threads():
-            warnings.warn(
-                f"threads: the run in {out} had {state['threads']}, this process has {torch.get_num_threads()}; "
-                "it continues, but its bits may differ from those of an uninterrupted run",
-                stacklevel=2,
-            )
-        done = state["step"]
+        tensors, done = found
         _restore(tensors, parameters, average, optimizer)
     write_atomically(out / "config.json", json.dumps(config, indent=1).encode())
-    rows = _cut_log(out / "log.jsonl", done)
+    rows = cut_log(out / "log.jsonl", done)
 
     x_all = images[:, None] if images.ndim == 3 else images
-    epoch, order = -1, np.empty(0, np.int64)
+    order = DataOrder(rng, seed, len(images))
     started, started_at = time.perf_counter(), done
     losses: list[float] = []
     bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=not progress, mininterval=1.0, dynamic_ncols=True)
     for step in bar:
         # The batch: global sample numbers, and everything random about them.
         numbers = np.arange(step * batch, (step + 1) * batch)
-        chosen = np.empty(batch, np.int64)
-        for e in np.unique(numbers // len(images)):
-            if e != epoch:
-                epoch, order = int(e), _epoch_order(rng, seed, int(e), len(images))
-            mine = numbers // len(images) == e
-            chosen[mine] = order[numbers[mine] % len(images)]
-        seeds = torch.from_numpy(numbers + seed * 2**40)
-        x0 = _to_model(x_all[chosen], device)
+        chosen, seeds = order(numbers), sample_seeds(seed, numbers)
+        x0 = to_model(x_all[chosen], device)
         y = None
         if labels is not None:
             dropped = rng.uniform(seeds, (batch, 1), stream=LABELS)[:, 0] < label_dropout
@@ -166,20 +163,19 @@ def train_diffusion(
         if done % log_every == 0 or last:
             mean, rate = sum(losses) / len(losses), (done - started_at) * batch / (time.perf_counter() - started)
             row = {"step": done, "loss": mean, "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
-            _append(out / "log.jsonl", rows, row | {"images_per_second": round(rate, 1)})
+            append(out / "log.jsonl", rows, row | {"images_per_second": round(rate, 1)})
             bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
             losses.clear()
         if validation is not None and (done % validate_every == 0 or last):
             with _weights(net, average):
                 value = validation_loss(net, *validation, rng=rng, seed=seed, noise=noise, prediction=prediction)
-            _append(out / "log.jsonl", rows, {"step": done, "validation_loss": value})
-            plot_log(rows, out / "loss.png")
+            append(out / "log.jsonl", rows, {"step": done, "validation_loss": value})
+            plot_log(rows, out / "loss.png", {"loss": "-", "validation_loss": "o-"}, "mean squared error", "log")
         if sample_every and (done % sample_every == 0 or last):
             with _weights(net, average):
                 sample_grid(net, noise, prediction, images.shape[-2:]).save(out / f"samples-{done:06d}.png")
         if done % checkpoint_every == 0 or last:
-            state = {"step": done, "config": config, "threads": torch.get_num_threads(), "torch": torch.__version__}
-            write_checkpoint(checkpoint, _tensors(parameters, average, optimizer), state)
+            save_checkpoint(out, done, config, _tensors(parameters, average, optimizer))
 
     words = {"prediction": prediction, "noise": noise.name, "noise_steps": noise.steps, "shift": noise.shift, "size": images.shape[-2:]}
     save(net, out / "ema.safetensors", average, **words, **(about or {}))
@@ -235,34 +231,16 @@ def validation_loss(
     device = next(net.parameters()).device
     x_all = images[:, None] if images.ndim == 3 else images
     # A fixed permutation of evenly spaced times: neighbours in the data may be alike.
-    times = noise.training_time((_epoch_order(rng, seed, 0, len(images)) + 0.5) / len(images))
+    times = noise.training_time((epoch_order(rng, seed, 0, len(images)) + 0.5) / len(images))
     total = 0.0
     for start in range(0, len(images), batch):
         part = slice(start, min(start + batch, len(images)))
         seeds = torch.arange(part.start, part.stop) + seed * 2**40 + VALIDATION
-        x0 = _to_model(x_all[part], device)
+        x0 = to_model(x_all[part], device)
         n = rng.normal(seeds, tuple(x0.shape), stream=NOISE, device=device)
         y = None if labels is None else torch.from_numpy(labels[part].astype(np.int64)).to(device)
         total += diffusion_loss(net, x0, times[part], n, y, noise=noise, prediction=prediction).double().sum().item()
     return total / len(images)
-
-
-def plot_log(rows: list[dict[str, Any]], path: Path) -> None:
-    """Plot the loss curves of log.jsonl as PNG; without matplotlib nothing is drawn."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="mean squared error", yscale="log")
-    for key, style in (("loss", "-"), ("validation_loss", "o-")):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1, label=key.replace("_", " "))
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    figure.savefig(path, dpi=120)
 
 
 def _check(
@@ -293,44 +271,21 @@ def _check(
 
 
 def _check_numbers(steps: int, batch: int, seed: int, label_dropout: float, warmup: int, every: tuple[int, int, int]) -> None:
-    for name, value, least, most in (
-        ("steps", steps, 1, 2**30),
-        ("batch", batch, 1, 2**30),
-        ("seed", seed, 0, 2**23 - 1),  # seeds of samples are seed * 2**40 + number, below 2**63
-        ("warmup", warmup, 0, 2**30),
-        ("steps * batch", steps * batch, 1, VALIDATION),
-        ("log_every", every[0], 1, 2**30),
-        ("validate_every", every[1], 1, 2**30),
-        ("checkpoint_every", every[2], 1, 2**30),
-    ):
-        if not least <= value <= most:
-            raise ValueError(f"{name}: got {value}, supported: an integer from {least} to {most}")
+    check_number("steps", steps, 1)
+    check_number("batch", batch, 1)
+    check_number("seed", seed, 0, MOST_SEED)
+    check_number("warmup", warmup, 0)
+    check_number("steps * batch", steps * batch, 1, VALIDATION)
+    for name, value in zip(("log_every", "validate_every", "checkpoint_every"), every, strict=True):
+        check_number(name, value, 1)
     if not 0 <= label_dropout <= 1:
         raise ValueError(f"label_dropout: got {label_dropout}, supported: a share from 0 to 1")
-
-
-def _to_model(images: Images, device: torch.device) -> Tensor:
-    return torch.from_numpy(images).to(device).float() / 127.5 - 1
-
-
-def _epoch_order(rng: Any, seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """The order of the data in an epoch: images sorted by a uniform number of their own, drawn with draw = epoch."""
-    keys = rng.uniform(torch.arange(count) + seed * 2**40, (count, 1), draw=epoch, stream=ORDER)[:, 0].numpy()
-    order: NDArray[np.int64] = np.argsort(keys, kind="stable")
-    return order
 
 
 def _lr_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 1.0 if schedule == "constant" else 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def _digest(*arrays: NDArray[Any] | None) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(b"none" if array is None else f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
 
 
 @contextmanager
@@ -364,31 +319,3 @@ def _restore(
             average[name].copy_(tensors[f"ema/{name}"])
             step, first, second = (tensors[f"optimizer/{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq"))
             optimizer.state[p] = {"step": step, "exp_avg": first.to(p), "exp_avg_sq": second.to(p)}
-
-
-def _same_config(stored: dict[str, Any], wanted: dict[str, Any], out: Path) -> None:
-    for key in wanted:
-        if stored.get(key) != wanted[key]:
-            raise ValueError(
-                f"{key}: got {wanted[key]}, but the run in {out} has {stored.get(key)}; continue it with the same arguments, "
-                "or choose another directory"
-            )
-
-
-def _cut_log(path: Path, step: int) -> list[dict[str, Any]]:
-    """Rows of the log up to ``step``; what a killed run logged after its last checkpoint is cut off and will be written again."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # the last line of a run killed while writing it
-            break
-    rows = [row for row in rows if row["step"] <= step]
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    return rows
-
-
-def _append(path: Path, rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
-    rows.append(row)
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")

@@ -21,11 +21,15 @@ def power_gamma(sigma_rel: float) -> float:
     return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
 
 
+def power_weight(step: int, gamma: float) -> float:
+    """The share of the weights after optimizer step ``step`` (1 is the first) in the average, 1 - (1 - 1/step)^(gamma + 1).
+
+    Karras et al. 2024, equation 7. The first step's is 1.
+    """
+    return 1 - float((1 - 1 / step) ** (gamma + 1))
+
+
 @torch.no_grad()
 def update(average: Iterable[Tensor], weights: Iterable[Tensor], step: int, gamma: float) -> None:
-    """Fold the weights after optimizer step ``step`` (1 is the first) into the average, in place.
-
-    Karras et al. 2024, equation 7: average = beta * average + (1 - beta) * weights with beta = (1 - 1/step)^(gamma + 1); the first
-    step copies.
-    """
-    torch._foreach_lerp_(list(average), list(weights), 1 - (1 - 1 / step) ** (gamma + 1))
+    """Fold the weights after optimizer step ``step`` into the average, in place: average = lerp(average, weights, `power_weight`)."""
+    torch._foreach_lerp_(list(average), list(weights), power_weight(step, gamma))

@@ -27,11 +27,14 @@ def exact(x: Array, p: Point, q: Point) -> Array:
     return q.alpha * MEAN + (x - p.alpha * MEAN) * spread[1] / spread[0]
 
 
-def execute(plan: Plan, model: Callable[[Array, Point], Array], x: Array, noise: Mapping[int, Array] | None = None) -> Array:
-    """Run a plan from the state ``x``; ``noise`` maps draw numbers to noise."""
+Model = Callable[[Array, Point], Array]
+
+
+def execute(plan: Plan, model: Model, x: Array, noise: Mapping[int, Array] | None = None, unconditional: Model | None = None) -> Array:
+    """Run a plan from the state ``x``; ``noise`` maps draw numbers to noise. Without ``unconditional`` the model is that too."""
     slots = {0: x}
     for row in plan.rows:
-        values = {**slots, "x": slots[0], "d": model(slots[0], row.point)}
+        values = {**slots, "x": slots[0], "d": model(slots[0], row.point), "u": (unconditional or model)(slots[0], row.point)}
         if row.draw:
             assert noise is not None
             values["noise"] = noise[row.draw]

@@ -73,13 +73,13 @@ def ddpm(D, y, levels, noise, variance="small"):
     return y
 
 
-def consistency(D, y, levels, noise):
-    """Song et al. 2023, algorithm 1, with epsilon = 0."""
+def consistency(D, y, levels, noise, epsilon=0.0):
+    """Song et al. 2023, algorithm 1."""
     noise = list(noise)
     for r, r_next in pairwise(levels):
         y = D(y, r)
-        if r_next > 0:
-            y = y + r_next * noise.pop(0)
+        if r_next > epsilon:
+            y = y + sqrt(r_next**2 - epsilon**2) * noise.pop(0)
     return y
 
 
@@ -193,22 +193,6 @@ def unipc(D, y, levels, noise=(), order=2, variant="bh2", corrector=True):
         used = min(order, i + 1, n - i)
         y = update(used, i + 1, y, None)
     return y
-
-
-def flow_euler(v, x, times):
-    for t, t_next in pairwise(times):
-        x = x + (t_next - t) * v(x, t)
-    return x
-
-
-def flow_heun(v, x, times):
-    for t, t_next in pairwise(times):
-        slope = v(x, t)
-        x_next = x + (t_next - t) * slope
-        if t_next > 0:
-            x_next = x + (t_next - t) * 0.5 * (slope + v(x_next, t_next))
-        x = x_next
-    return x
 
 
 def _ancestral(r, r_next, eta):
@@ -325,18 +309,23 @@ def dpmpp_singlestep(D, y, levels, noise=(), order=2, variant="midpoint"):
     return y
 
 
-def heunpp2(D, y, levels, noise=()):
+def heunpp2(D, y, levels, noise=(), s_churn=0.0, s_tmin=0.0, s_tmax=inf, s_noise=1.0):
     """ComfyUI's sample_heunpp2."""
-    n = len(levels) - 1
+    noise, n = list(noise), len(levels) - 1
     for i in range(n):
-        slope = (y - D(y, levels[i])) / levels[i]
-        dt = levels[i + 1] - levels[i]
-        if levels[i + 1] == 0:
+        r = levels[i]
+        gamma = min(s_churn / n, sqrt(2) - 1) if s_tmin <= r <= s_tmax else 0.0
+        r_hat = r * (gamma + 1)
+        if gamma > 0:
+            y = y + sqrt(r_hat**2 - r**2) * s_noise * noise.pop(0)
+        slope = (y - D(y, r_hat)) / r_hat
+        dt = levels[i + 1] - r_hat
+        if i + 1 == n:
             y = y + slope * dt
             continue
         y_2 = y + slope * dt
         slope_2 = (y_2 - D(y_2, levels[i + 1])) / levels[i + 1]
-        if i + 2 > n or levels[i + 2] == 0:
+        if i + 2 == n:
             w2 = levels[i + 1] / (2 * levels[0])
             y = y + (slope * (1 - w2) + slope_2 * w2) * dt
         else:

@@ -148,6 +148,31 @@ def test_schedules_equal_diffusers(schedule: str) -> None:
     np.testing.assert_allclose(getattr(schedules, schedule)().alphas_cumprod, stock, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("ours", "stock"), [("linear", "linear"), ("scaled_linear", "scaled_linear"), ("cosine", "squaredcos_cap_v2"), ("sigmoid", "sigmoid")]
+)
+def test_zero_terminal_snr_equals_diffusers(ours: str, stock: str) -> None:
+    diffusers = importlib.import_module("diffusers")
+    scheduler = diffusers.DDPMScheduler
+    plain, rescaled = (scheduler(beta_schedule=stock, rescale_betas_zero_snr=z).alphas_cumprod.double().numpy() for z in (False, True))
+    noise = getattr(schedules, ours)(**({"beta_start": 1e-4, "beta_end": 0.02} if ours == "scaled_linear" else {}))
+    np.testing.assert_allclose(noise.alphas_cumprod, plain, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(schedules.zero_terminal_snr(noise).alphas_cumprod, rescaled, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [("karras", "use_karras_sigmas"), ("exponential", "use_exponential_sigmas"), ("lu", "use_lu_lambdas")]
+)
+def test_sigma_grids_equal_diffusers(name: str, config: str) -> None:
+    """diffusers spaces between the levels of its times 0 and 999, as the defaults here do."""
+    diffusers = importlib.import_module("diffusers")
+    stock = diffusers.DPMSolverMultistepScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="linspace", **{config: True}
+    )
+    stock.set_timesteps(9)
+    np.testing.assert_allclose(grid(VP, 9, sigmas=name).ratio, stock.sigmas.double().numpy(), rtol=1e-5, atol=1e-6)
+
+
 def test_polyexponential_and_lu() -> None:
     """k-diffusion's formula; rho = 1 and "lu" are even in log sigma."""
     ramp = (1 - np.arange(6) / 5) ** 2.5

@@ -36,6 +36,11 @@ def sampler(solver: str = "dpmpp_2m", steps: int = 5, **options: object) -> Samp
     return Sampler(solver, steps, progress=False, **options)
 
 
+def start(solver: str, shape: tuple[int, ...] = SHAPE) -> dict[str, Tensor]:
+    """What a solver needs to start besides noise."""
+    return {"latent": torch.linspace(-1, 1, math.prod(shape)).view(shape)} if solver == "ddim_inverse" else {}
+
+
 def test_samples_of_a_gaussian_have_its_mean_and_variance() -> None:
     """End to end: 20000 samples of N(0.7, 0.6^2), stochastic solver, exact denoiser."""
     den = Denoiser(lambda x, t: torch.as_tensor(gaussian.denoise(x, gaussian.Point(0.0, 1.0, float(t[0])))), "x0", noise=VE, time="sigma")
@@ -44,7 +49,7 @@ def test_samples_of_a_gaussian_have_its_mean_and_variance() -> None:
     assert out.std().item() == pytest.approx(gaussian.STD, rel=0.02 + 5 / math.sqrt(40000))
 
 
-@pytest.mark.parametrize("solver", sorted(SOLVERS))
+@pytest.mark.parametrize("solver", sorted(set(SOLVERS) - {"ddim_inverse"}))
 def test_a_batch_equals_its_samples_drawn_alone(solver: str) -> None:
     seeds = [3, 2**63 - 1, 0, 77]
     options = {"s_churn": 2.0} if solver in ("euler", "heun") else {}
@@ -64,7 +69,7 @@ def test_fused_equals_reference(solver: str) -> None:
     options = {"sigmas": [9.0, 4.0, 1.5, 0.4, 0.0], "guidance_scale": 2.5, "guidance_rescale": 0.6, "threshold": 0.9, "progress": False}
     for den in (vp(), Denoiser(elementwise, "edm", noise=VE)):
         fused, plain = (
-            Sampler(solver, impl=impl, **options)(den, SHAPE, seeds=range(3), cond=shifts[0], uncond=shifts[1])
+            Sampler(solver, impl=impl, **options)(den, SHAPE, seeds=range(3), cond=shifts[0], uncond=shifts[1], **start(solver))
             for impl in ("fused", "reference")
         )
         assert fused.isfinite().all()
@@ -163,8 +168,9 @@ def test_callback_sees_the_state_and_the_denoised_prediction() -> None:
 
     for solver in sorted(SOLVERS):
         seen.clear()
-        out = Sampler(solver, sigmas=[8.0, 4.0, 1.0, 0.0], progress=False, callback=callback)(den, (2, 3), seeds=[1, 2])
-        assert torch.equal(out, Sampler(solver, sigmas=[8.0, 4.0, 1.0, 0.0], progress=False)(den, (2, 3), seeds=[1, 2]))
+        call = {"seeds": [1, 2], **start(solver, (2, 3))}
+        out = Sampler(solver, sigmas=[8.0, 4.0, 1.0, 0.0], progress=False, callback=callback)(den, (2, 3), **call)
+        assert torch.equal(out, Sampler(solver, sigmas=[8.0, 4.0, 1.0, 0.0], progress=False)(den, (2, 3), **call))
         assert [s[0] for s in seen] == list(range(len(seen)))
         for _, sigma, _, denoised in seen:
             torch.testing.assert_close(denoised, torch.full((2, 3), sigma / 100))
@@ -197,6 +203,161 @@ def test_init_starts_from_a_noised_sample() -> None:
     a = VP.alphas_cumprod[500]
     expected = math.sqrt(a) * x0 + math.sqrt(1 - a) * reference.normal(torch.arange(3), SHAPE, dtype=torch.float64)
     torch.testing.assert_close(states[0], expected, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "dpm2", "dpmpp_2m", "unipc", "dpmpp_singlestep", "seeds_3"])
+@pytest.mark.parametrize("noise", [VP, VE, FLOW], ids=["vp", "ve", "flow"])
+def test_a_run_in_two_parts_is_the_run(solver: str, noise: schedules.NoiseSchedule) -> None:
+    """End and start points: two one-step runs through ``latent`` equal a solver that keeps no history over the middle."""
+    options = {"progress": False, "dtype": torch.float64} | ({"order": 1} if solver in ("unipc", "dpmpp_singlestep", "dpmpp_2m") else {})
+    options |= {"corrector": False} if solver == "unipc" else {"eta": 0.0} if solver == "seeds_3" else {}
+    den, sigmas = Denoiser(elementwise, "v", noise=noise, time=lambda p: 5 * p.sigma), [0.9, 0.5, 0.2]
+    half = Sampler(solver, sigmas=sigmas[:2], **options)(den, SHAPE, seeds=range(3))
+    rest = Sampler(solver, sigmas=sigmas[1:], **options)(den, SHAPE, seeds=range(3), latent=half)
+    torch.testing.assert_close(rest, Sampler(solver, sigmas=sigmas, **options)(den, SHAPE, seeds=range(3)), rtol=1e-12, atol=1e-12)
+
+
+def test_cfg_pp_takes_the_unconditional_half_where_it_is_given() -> None:
+    """At scale 1, too, both halves run and the slope is the unconditional one's; without an unconditional half it is the base solver."""
+    shifts, sizes = {"cond": torch.tensor([0.1, 0.2, 0.3]), "uncond": torch.tensor([-0.1, 0.0, 0.1])}, []
+    den = vp(lambda x, t, y: sizes.append(len(x)) or elementwise(x, t, y))
+    base, plus = (Sampler(name, sigmas=[4.0, 1.0, 0.0], progress=False) for name in ("euler", "euler_cfg_pp"))
+    assert torch.equal(
+        base(den, SHAPE, seeds=range(3), cond=shifts["cond"]),
+        plus(den, SHAPE, seeds=range(3), cond=shifts["cond"]),
+    )
+    sizes.clear()
+    got = plus(den, SHAPE, seeds=range(3), **shifts)
+    assert sizes == [6, 3]  # a step to sigma 0 is the guided prediction alone
+    p, q = (row.point for row in plus.plan(VP).rows)
+    x = reference.normal(torch.arange(3), SHAPE, dtype=torch.float64)
+    d, u = (p.alpha * x - p.sigma * elementwise(x, torch.full((3,), p.time), shifts[half]) for half in ("cond", "uncond"))
+    x = q.alpha * d + q.sigma * (x - p.alpha * u) / p.sigma
+    x = q.alpha * x - q.sigma * elementwise(x, torch.full((3,), q.time), shifts["cond"])
+    torch.testing.assert_close(got.double(), x, rtol=1e-5, atol=1e-5)
+
+
+KNOWN = torch.linspace(-0.9, 0.9, math.prod(SHAPE), dtype=torch.float64).view(SHAPE)
+MASK = torch.tensor([0.0, 1.0, 0.25, 1.0], dtype=torch.float64)  # over the last dimension
+
+
+@pytest.mark.parametrize("noise", [VP, VE, FLOW], ids=["vp", "ve", "flow"])
+@pytest.mark.parametrize("solver", sorted(set(SOLVERS) - {"ddim_inverse"}))
+def test_inpainting_blends_the_denoised_prediction(solver: str, noise: schedules.NoiseSchedule) -> None:
+    """The plan executed with the blended prediction, guided and clipped before, is what the sampler computes."""
+    shifts = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([-0.1, 0.0, 0.1])
+    den = Denoiser(elementwise, "v", noise=noise, time=lambda p: 5 * p.sigma)
+    sigmas = [0.95, 0.7, 0.4, 0.2, 0.1, 0.0]
+    draw = Sampler(solver, sigmas=sigmas, guidance_scale=2.5, clip=0.8, progress=False, dtype=torch.float64)
+    call = {"seeds": range(3), "cond": shifts[0], "uncond": shifts[1], "known": KNOWN, "mask": MASK}
+    got = draw(den, SHAPE, **call)
+    plan, seeds = draw.plan(noise), torch.arange(3)
+
+    def model(x: np.ndarray, point: schedules.Point) -> np.ndarray:
+        x, t = torch.from_numpy(x), torch.full((3,), 5 * point.sigma)
+        u, c = elementwise(x, t, shifts[1]), elementwise(x, t, shifts[0])
+        ax, am = den.convert(point)
+        return (MASK * (ax * x + am * (u + 2.5 * (c - u))).clamp(-0.8, 0.8) + (1 - MASK) * KNOWN).numpy()
+
+    def unconditional(x: np.ndarray, point: schedules.Point) -> np.ndarray:
+        ax, am = den.convert(point)
+        return ax * x + am * elementwise(torch.from_numpy(x), torch.full((3,), 5 * point.sigma), shifts[1]).numpy()
+
+    noises = {row.draw: reference.normal(seeds, SHAPE, draw=row.draw, dtype=torch.float64).numpy() for row in plan.rows if row.draw}
+    first = plan.scale * reference.normal(seeds, SHAPE, dtype=torch.float64).numpy()
+    np.testing.assert_allclose(got.numpy(), gaussian.execute(plan, model, first, noises, unconditional), rtol=1e-10, atol=1e-10)
+    if solver != "ipndm" and solver != "lms" and solver != "pndm":  # whose last step is not the denoised prediction alone
+        torch.testing.assert_close(got[..., 0], KNOWN[..., 0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"threshold": 0.9, "guidance_rescale": 0.6}, {"clip": 0.5}], ids=["threshold", "clip"])
+def test_inpainting_everything_or_nothing(options: dict) -> None:
+    """A mask of ones is the run without one, bit for bit, thresholds included; zeros give what is known; the reference agrees."""
+    shifts = {"cond": torch.tensor([0.1, 0.2, 0.3]), "uncond": torch.tensor([-0.1, 0.0, 0.1])}
+    known = KNOWN.float()
+    for solver in ("dpmpp_2m", "heun", "euler_ancestral"):
+        draw = sampler(solver, guidance_scale=2.5, **options)
+        if solver == "heun":
+            draw.sigmas = "karras"
+        plain = draw(vp(), SHAPE, seeds=range(3), **shifts)
+        mask = torch.zeros(1, 1, 4, 4)
+        mask[..., :2] = 1
+        results = [draw(vp(), SHAPE, seeds=range(3), known=known, mask=m, **shifts) for m in (torch.ones(1), torch.zeros(1), mask)]
+        assert torch.equal(results[0], plain) and torch.equal(results[1], known)
+        assert torch.equal(results[2][..., 2:], known[..., 2:]) and not torch.equal(results[2][..., :2], plain[..., :2].abs() * 0)
+        draw.impl = "reference"
+        assert torch.equal(draw(vp(), SHAPE, seeds=range(3), known=known, mask=mask, **shifts), results[2])
+
+
+@pytest.mark.parametrize("kind", gaussian.PROCESSES)
+def test_inversion_and_back(kind: str) -> None:
+    """DDIM inverse, then DDIM from the latent: near the image, the distance halves as the steps double. The latent is the ODE's."""
+    noise = gaussian.PROCESSES[kind]
+
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        return torch.as_tensor(gaussian.denoise(x, gaussian.Point(0.0, *(float(v) for v in noise.alpha_sigma(float(t[0]))))))
+
+    den = Denoiser(net, "x0", noise=noise, time=lambda p: p.time)
+    image = torch.tensor([[-0.6], [0.4], [1.9]], dtype=torch.float64)
+    errors, latents = [], []
+    for n in (64, 128):
+        grid = gaussian.through_ratios(noise, np.append(np.geomspace(8.0, 0.02, n), 0.0))
+        options = {"sigmas": [noise.sigma_of(grid.point(i)) for i in range(n + 1)], "progress": False, "dtype": torch.float64}
+        latent = Sampler("ddim_inverse", **options)(den, (3, 1), latent=image)
+        back = Sampler("ddim", **options)(den, (3, 1), latent=latent)
+        exact = gaussian.exact(image.numpy(), grid.point(n), grid.point(0))
+        errors.append((back - image).abs().max().item())
+        latents.append(np.abs(latent.numpy() - exact).max() / grid.sigma[0])
+    assert errors[1] < 0.05 and latents[1] < 0.1
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.2) and math.log2(latents[0] / latents[1]) == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize("kind", ["learned", "learned_range"])
+@pytest.mark.parametrize("guided", [False, True])
+def test_learned_variances(kind: str, guided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nichol and Dhariwal 2021, equations 14 and 15, written out; the variance is the conditional half's. diffusers agrees on the range."""
+    shifts = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([-0.1, 0.0, 0.1])
+
+    def net(x: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+        v = torch.sin(3 * x + (t / 300 + shift).view(-1, 1, 1, 1))
+        return torch.cat([elementwise(x, t, shift), v - 2 if kind == "learned" else v], 1)
+
+    den = vp(net, "epsilon", variance=kind)
+    call = {"cond": shifts[0]} | ({"uncond": shifts[1]} if guided else {})
+    times = [800, 600, 400, 200, 0]
+    draw = Sampler("ddpm", timesteps=times, variance="learned", guidance_scale=2.0 if guided else 1.0, dtype=torch.float64, progress=False)
+    got = draw(den, SHAPE, seeds=range(3), **call)
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    stock = importlib.import_module("diffusers").DDPMScheduler(**betas, variance_type=kind, clip_sample=False)
+    stock.set_timesteps(5)
+    seeds = torch.arange(3)
+    x = y = reference.normal(seeds, SHAPE, dtype=torch.float64)
+    for k, t in enumerate(times):
+        a, a_next = VP.alphas_cumprod[t], VP.alphas_cumprod[times[k + 1]] if k < 4 else 1.0
+        tt, n = torch.full((3,), float(t)), reference.normal(seeds, SHAPE, draw=k + 1, dtype=torch.float64)
+        eps, v = net(x, tt, shifts[0]).chunk(2, 1)
+        if guided:
+            other = net(x, tt, shifts[1]).chunk(2, 1)[0]
+            eps = other + 2.0 * (eps - other)
+        beta, alpha = 1 - a / a_next, a / a_next
+        small = (1 - a_next) / (1 - a) * beta
+        mean = (x - beta / math.sqrt(1 - a) * eps) / math.sqrt(alpha)
+        if k < 4:
+            share = (v + 1) / 2
+            log_variance = v if kind == "learned" else share * math.log(beta) + (1 - share) * math.log(small)
+            mean = mean + n * (log_variance / 2).exp()
+        x = mean
+        if kind == "learned_range" and not guided:
+            monkeypatch.setattr(importlib.import_module(type(stock).__module__), "randn_tensor", lambda *_, n=n, **__: n)
+            y = stock.step(net(y, tt, shifts[0]), t, y).prev_sample
+    torch.testing.assert_close(got, x, rtol=1e-10, atol=1e-10)
+    if kind == "learned_range" and not guided:
+        torch.testing.assert_close(got, y.double(), rtol=1e-4, atol=1e-4)
+    assert sampler("dpmpp_2m")(den, SHAPE, seeds=range(3), cond=shifts[0]).shape == SHAPE  # others leave the variance out
+    with pytest.raises(ValueError, match="variance: got 'learned' for a network that returns none"):
+        draw(vp(), SHAPE, seeds=range(3), **call)
+    with pytest.raises(ValueError, match=r"net: returned a tensor of shape .* supported: a tensor of twice the input's channels"):
+        draw(vp(lambda x, t, y: x, variance=kind), SHAPE, seeds=range(3), **call)
 
 
 def test_network_in_bfloat16_keeps_a_float32_state() -> None:
@@ -267,6 +428,16 @@ def test_one_step_and_the_terminal_point_of_a_flow() -> None:
         ({}, {"shape": (3, -1)}, r"shape: got \(3, -1\), supported: \(B, \*sample\)"),
         ({}, {"shape": ()}, r"shape: got \(\)"),
         ({}, {"init": torch.zeros(3, 1)}, r"init: got shape \(3, 1\), supported: \(3, 2, 4, 4\)"),
+        ({}, {"latent": torch.zeros(SHAPE), "init": torch.zeros(SHAPE)}, "latent: got one together with init"),
+        ({}, {"latent": torch.zeros(1)}, r"latent: got shape \(1,\)"),
+        ({"solver": "ddim_inverse"}, {}, "latent: got None for 'ddim_inverse', supported: what to invert"),
+        ({}, {"known": torch.zeros(SHAPE)}, "mask: got None with known, supported: both or none"),
+        ({}, {"mask": torch.zeros(SHAPE)}, "mask: got one without known, supported: both or none"),
+        (
+            {},
+            {"known": torch.zeros(SHAPE), "mask": torch.zeros(3)},
+            r"mask: got shape \(3,\), supported: one that broadcasts to \(3, 2, 4, 4\)",
+        ),
         ({"guidance_scale": 2.0}, {"cond": torch.zeros(3)}, "uncond: got None with guidance_scale 2.0"),
         ({"guidance_scale": 2.0}, {"cond": torch.zeros(3), "uncond": {"y": 1}}, r"uncond: got a mapping of \['y'\] with cond a Tensor"),
         ({"guidance_scale": 2.0}, {"cond": torch.zeros(2), "uncond": torch.zeros(2)}, r"cond: got shape \(2,\), supported: \(3, ...\)"),
@@ -344,7 +515,7 @@ class _Recorder(TorchDispatchMode):
                 out.copy_(new)
 
 
-@pytest.mark.parametrize("noisy", ["kernel", "generator"])
+@pytest.mark.parametrize("noisy", ["kernel", "generator", "kernel, inpainting"])
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "euler_ancestral", "heun", "unipc"])
 def test_one_recorded_step_serves_every_row_and_call(solver: str, noisy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What capture relies on, shown without a GPU: nothing in a step is baked in that belongs to its row, seeds or condition."""
@@ -363,7 +534,9 @@ def test_one_recorded_step_serves_every_row_and_call(solver: str, noisy: str, mo
         )
 
     def call(draw: Sampler, number: int) -> Tensor:
-        noise = {"seeds": range(number, number + 3)} if noisy == "kernel" else {"generator": torch.Generator().manual_seed(number)}
+        noise = {"generator": torch.Generator().manual_seed(number)} if noisy == "generator" else {"seeds": range(number, number + 3)}
+        if noisy == "kernel, inpainting":
+            noise |= {"known": KNOWN.float() * number, "mask": MASK.float() / number}
         return draw(den, SHAPE, cond={"shift": shifts * number}, uncond={"shift": shifts * 0}, **noise)
 
     plain = make(capture=False)

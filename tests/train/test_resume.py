@@ -1,17 +1,11 @@
 from __future__ import annotations
 
 import json
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import tiny_run
 import torch
-from safetensors.torch import load_file
 
 from genfast import models
 
@@ -24,35 +18,12 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def assert_same_bits(straight: Path, other: Path) -> None:
-    for name in ("checkpoint.safetensors", "ema.safetensors"):
-        a, b = load_file(straight / name), load_file(other / name)
-        assert a.keys() == b.keys()
-        assert [key for key in a if not torch.equal(a[key], b[key])] == [], name
-
-
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path, straight: Path) -> None:
     killed = tmp_path / "killed"
-    log = killed / "log.jsonl"
-
-    def rows() -> int:
-        return log.read_text().count("\n") if log.exists() else 0
-
-    kills = 0
-    for _ in range(4):
-        before = rows()
-        process = subprocess.Popen([sys.executable, tiny_run.__file__, str(killed)], stderr=subprocess.PIPE)
-        while process.poll() is None and rows() <= before:  # it has come further than the one before it
-            time.sleep(0.002)
-        time.sleep(random.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), errors.decode()
-        kills += process.returncode != 0
-    assert kills >= 1
+    tiny_run.kill_at_random(tiny_run.__file__, killed)
     tiny_run.run(killed)
-    assert_same_bits(straight, killed)
+    tiny_run.assert_same_bits(straight, killed)
     steps = [json.loads(line)["step"] for line in (killed / "log.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and steps[-1] == tiny_run.STEPS
 
@@ -79,7 +50,7 @@ def test_stopped_after_any_step_it_ends_with_the_same_bits(
             tiny_run.run(tmp_path / "stopped")
     assert not (tmp_path / "stopped" / "ema.safetensors").exists()
     net, _ = tiny_run.run(tmp_path / "stopped")
-    assert_same_bits(straight, tmp_path / "stopped")
+    tiny_run.assert_same_bits(straight, tmp_path / "stopped")
     averaged, _ = models.load(straight / "ema.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(averaged.parameters(), net.parameters(), strict=True))
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .sampling import append_dims, append_zero
+from .sigmas import append_dims, append_zero
 
 __all__ = [
     "CompVisDenoiser",

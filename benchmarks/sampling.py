@@ -1,0 +1,76 @@
+"""Suite "sampling": the shipped model's whole loop, network included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from benchmarks import timing
+from benchmarks.cases import STEPS
+from benchmarks.timing import Options, Row
+from genfast import Sampler, ops
+from genfast.train import pictures
+
+
+def stock_loop(net: Any, labels: Tensor, noise: Tensor) -> Callable[[], Tensor]:
+    """The shipped model sampled the way a diffusers pipeline does it: cat, network, chunk, combine, scheduler.step."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler: Any = cast(Any, DPMSolverMultistepScheduler)(
+        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing"
+    )
+    both = torch.cat([torch.full_like(labels, net.null_label), labels])
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        scheduler.set_timesteps(STEPS, device=noise.device)
+        x = noise
+        for t in scheduler.timesteps:
+            uncond, cond = net(torch.cat([x, x]), t.float().expand(len(both)), both).chunk(2)
+            x = scheduler.step(uncond + 2.5 * (cond - uncond), t, x, return_dict=False)[0]
+        return x
+
+    return run
+
+
+def time_sampling(device: str, threads: int, command: str, quick: bool) -> list[Row]:
+    """The shipped model, 20 steps of DPM++ 2M with guidance: microseconds per step, network included."""
+    denoiser, about = pictures.load_denoiser(device=device)
+    batch = 2 if quick else 16
+    shape = (batch, 1, *about["size"])
+    labels = torch.arange(batch, device=device) % len(about["classes"])
+    cond, uncond = {"y": labels}, {"y": torch.full_like(labels, denoiser.net.null_label)}  # type: ignore[attr-defined]
+
+    def drawn(**options: Any) -> Callable[[], Tensor]:
+        sampler = Sampler("dpmpp_2m", STEPS, guidance_scale=2.5, progress=False, **options)
+        return lambda: sampler(denoiser, shape, seeds=range(batch), cond=cond, uncond=uncond)
+
+    variants: dict[str, Callable[[], Tensor]] = {"genfast": drawn(), "reference": drawn(impl="reference")}
+    if device == "cuda":
+        variants["genfast-captured"] = drawn(capture=True)
+    else:
+        torch.set_num_threads(threads)
+    if not quick:
+        noise = ops.normal(torch.arange(batch, device=device), shape)
+        variants["diffusers"] = stock_loop(denoiser.net, labels, noise)
+    samples = {name: run() for name, run in variants.items()}
+    timings = timing.interleave(
+        dict(variants), device=device, rounds=3 if quick else 11, round_seconds=0.0, calls_per_run=STEPS, quiet=not quick
+    )
+    facts = timing.environment(device) | {"command": command}
+    rows = []
+    for name, t in timings.items():
+        row: Row = {"case": f"shipped model, {batch} images, {STEPS} steps", "variant": name, "shape": list(shape), "dtype": "float32"}
+        row |= {"median_us": round(t.median, 3), "iqr_us": round(t.iqr, 3), "rounds": t.rounds, "discarded": t.discarded}
+        rows.append(row | {"max_abs_difference_from_genfast": (samples[name] - samples["genfast"]).abs().max().item()} | facts)
+    return rows
+
+
+def run(options: Options) -> Iterator[tuple[str, list[Row]]]:
+    """The shipped model with every number of threads."""
+    for threads in options.threads if options.filter in "shipped model" else []:
+        rows = time_sampling(options.device, threads, options.command, options.quick)
+        yield rows[0]["case"] + (f", {threads} threads" if threads else ""), rows

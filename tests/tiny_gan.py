@@ -1,0 +1,33 @@
+"""An adversarial run small enough to be killed and continued many times: ``python tiny_gan.py OUT``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import tiny_run
+import torch
+
+from genfast.models import DCGANConfig, Discriminator, Generator
+from genfast.train import Objective, train_gan
+
+CONFIG = DCGANConfig(size=8, latent=4, channels=6, discriminator_norm=False)
+# Everything there is: a lazy penalty of each kind, lazy path lengths.
+OBJECTIVE = Objective("relativistic", r1=0.1, r2=0.1, gradient_penalty=0.1, path_length=0.5, d_every=3, g_every=2)
+STEPS = 40
+
+
+def run(out: Path, **changes: Any) -> tuple[Generator, dict[str, Any]]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    generator, discriminator = Generator(CONFIG), Discriminator(CONFIG)
+    options: dict[str, Any] = {
+        "steps": STEPS, "batch": 8, "checkpoint_every": 4, "log_every": 5, "critic_steps": 2, "objective": OBJECTIVE, "progress": False
+    }  # fmt: skip
+    images, _ = tiny_run.pictures()
+    return generator, train_gan(generator, discriminator, images, out=out, **{**options, **changes})
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]))
