@@ -1,5 +1,6 @@
 """The operators: checks, kernels, derivatives. Same names and signatures as `genfast.reference`, which specifies them."""
 
+from .attention import attention, attention_jvp, explain_attention
 from .bias_act import bias_act
 from .bn_act import bn_act
 from .conv2d_resample import conv2d_resample
@@ -10,10 +11,13 @@ from .solver_step import pack_row, solver_step, solver_step_
 from .upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
 __all__ = [
+    "attention",
+    "attention_jvp",
     "bias_act",
     "bn_act",
     "conv2d_resample",
     "downsample2d",
+    "explain_attention",
     "filter2d",
     "filtered_lrelu",
     "group_norm_silu",

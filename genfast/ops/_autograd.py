@@ -46,7 +46,7 @@ def _carried(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def wanted(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether a gradient, a tangent or a torch.func transform is about. Compiling, `refuse_lost_derivatives` looks for the last two."""
+    """Whether a gradient, a tangent or a torch.func transform is about. While compiling, `refuse_lost_derivatives` sees to the rest."""
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return _carried(tensors)

@@ -1,5 +1,6 @@
 """The operators in pure PyTorch: the specification that the kernels are tested against, and the fallback without them."""
 
+from .attention import attention
 from .bias_act import bias_act
 from .bn_act import bn_act
 from .conv2d_resample import conv2d_resample
@@ -10,6 +11,7 @@ from .solver_step import solver_step, solver_step_
 from .upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
 __all__ = [
+    "attention",
     "bias_act",
     "bn_act",
     "conv2d_resample",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "emulator"
-OPS = ["noise", "solver_step", "bias_act", "upfirdn2d", "bn_act"]
+OPS = ["noise", "solver_step", "bias_act", "upfirdn2d", "bn_act", "attention"]
 # -ffp-contract=off: the bits are specified. -fno-strict-aliasing: kernels read arrays through vector types, as CUDA lets them.
 FLAGS = [
     *("-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing"),
@@ -81,7 +81,7 @@ def library(*, sanitize: bool = False, mutation: tuple[str, str, str] | None = N
     kernels = _mutated(*mutation) if mutation else ROOT / "csrc"
     for op in OPS:
         units.append((ROOT / f"csrc/ops/{op}/{op}.cpp", registration))
-        units.append((kernels / f"ops/{op}/{op}.cu", []))
+        units += [(source, []) for source in sorted((kernels / f"ops/{op}").glob("*.cu"))]
     flags = [*FLAGS, *(SANITIZE if sanitize else [])]
     name = "-".join(filter(None, ["libgenfast_emulator", "asan" * sanitize, kernels.name.removeprefix("csrc")])) + ".so"
     return _build(name, units, ["-shared", str(torch / "lib/libtorch_cpu.so")], flags)

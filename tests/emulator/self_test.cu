@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(32) mma_gemm(const BFloat16* a, const BFloat16
     const uint32_t* pairs = reinterpret_cast<const uint32_t*>(tile);
     const uint32_t fa[4] = {pairs[g * 8 + t], pairs[(g + 8) * 8 + t], pairs[g * 8 + t + 4], pairs[(g + 8) * 8 + t + 4]};
     const uint32_t fb[2] = {pairs[128 + g * 8 + t], pairs[128 + g * 8 + t + 4]};
-    mma_m16n8k16_bf16(sum, fa, fb);
+    mma_m16n8k16<BFloat16>(sum, fa, fb);
     __syncwarp();
   }
   float* out = c + (row + g) * n + column + 2 * t;

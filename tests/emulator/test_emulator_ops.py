@@ -1,7 +1,7 @@
 """The CUDA kernels under the block emulator, bit for bit against the references. docs/emulator.md says what that shows.
 
 GENFAST_EMULATOR_SANITIZE=1 loads the library built with AddressSanitizer, GENFAST_EMULATOR_LIBRARY=path another one; the last tests
-of this file run the others in such a process.
+of this file run the others, and attention's, in such a process.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +19,13 @@ from emulator.step_cases import Case, cases, differing, run_operator, same_bits,
 from ops import numpy_noise
 from test_specs import cotangents, gradients
 
-from genfast import _library, ops, reference
+from genfast import ops, reference
 from genfast.testing import SPECS, OpSpec, operators_from
 from genfast.testing import Case as SpecCase
 from genfast.testing.oracle import assert_accurate, precision
 from genfast.testing.spec import LAYOUTS, Arguments, laid_out, widened
 
-_schemas = torch.library.Library("genfast_emulator", "DEF")
 ACCURATE = ["bias_act", "bn_act", "upfirdn2d"]  # operators with derivatives by kernel, without promised bits
-SANITIZED = os.environ.get("GENFAST_EMULATOR_SANITIZE") == "1"
-
-
-@pytest.fixture(scope="session")
-def emulated() -> Any:
-    """torch.ops.genfast_emulator: the CUDA kernels on CPU tensors."""
-    path = os.environ.get("GENFAST_EMULATOR_LIBRARY") or str(emulator_build.library(sanitize=SANITIZED))
-    for name, schema in _library.loaded.schemas.items():
-        if name.endswith("_"):
-            _schemas.define(name + schema)
-    torch.ops.load_library(path)
-    return torch.ops.genfast_emulator
-
-
-@pytest.fixture
-def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("GENFAST_EMULATOR_SEED", str(getattr(request, "param", 1)))
-    yield
 
 
 @pytest.mark.parametrize(("spec", "case"), [pytest.param(s, c, id=f"{s.name}-{c.name}") for s in SPECS.values() if s.bits for c in s.cases])
@@ -171,9 +151,10 @@ def test_a_sample_alone_equals_the_sample_in_a_batch(emulated: Any) -> None:
         assert same_bits(alone, batch.ring[:, one])
 
 
-def run_this_file(library: dict[str, str], preload: str = "", only: str = "") -> subprocess.CompletedProcess[str]:
+def run_these_files(library: dict[str, str], preload: str = "", only: str = "") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **library, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", only, __file__]
+    files = [__file__, str(Path(__file__).with_name("test_emulator_attention.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", only, *files]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
 
 
@@ -184,7 +165,7 @@ def sanitized(**mutation: Any) -> tuple[dict[str, str], str]:
 
 @pytest.mark.slow
 def test_everything_under_address_sanitizer() -> None:
-    done = run_this_file(*sanitized())
+    done = run_these_files(*sanitized())
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     assert "passed" in done.stdout
 
@@ -192,7 +173,7 @@ def test_everything_under_address_sanitizer() -> None:
 @pytest.mark.slow
 def test_address_sanitizer_sees_a_kernel_read_out_of_bounds() -> None:
     bug = ("core/vec.cuh", "      if (i >= span.count) break;", "")
-    done = run_this_file(*sanitized(mutation=bug), only="test_solver_step")
+    done = run_these_files(*sanitized(mutation=bug), only="test_solver_step")
     assert done.returncode != 0
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
     assert "apply_kernel" in done.stderr
@@ -200,15 +181,19 @@ def test_address_sanitizer_sees_a_kernel_read_out_of_bounds() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("file", "text", "replacement"),
+    ("file", "text", "replacement", "only"),
     [
-        ("core/reduce.cuh", "    __syncthreads();\n    if (lane < s)", "    if (lane < s)"),
-        ("ops/solver_step/solver_step.cu", "+ j * kFoldLanes + threadIdx.x", "+ threadIdx.x * (kChunk / kFoldLanes) + j"),
+        ("core/reduce.cuh", "    __syncthreads();\n    if (lane < s)", "    if (lane < s)", "test_solver_step and rescale"),
+        (
+            *("ops/solver_step/solver_step.cu", "+ j * kFoldLanes + threadIdx.x", "+ threadIdx.x * (kChunk / kFoldLanes) + j"),
+            "test_solver_step and rescale",
+        ),
+        ("ops/attention/attention_forward.cuh", "key + kKeys > p.m || ", "", "test_every_head"),
     ],
-    ids=["fold without a barrier", "sum in another order"],
+    ids=["fold without a barrier", "sum in another order", "keys beyond the last"],
 )
-def test_a_planted_bug_fails(file: str, text: str, replacement: str) -> None:
+def test_a_planted_bug_fails(file: str, text: str, replacement: str, only: str) -> None:
     path = emulator_build.library(mutation=(file, text, replacement))
-    done = run_this_file({"GENFAST_EMULATOR_LIBRARY": str(path)}, only="test_solver_step and rescale")
+    done = run_these_files({"GENFAST_EMULATOR_LIBRARY": str(path)}, only=only)
     assert done.returncode == 1, done.stdout[-5000:] + done.stderr[-5000:]
     assert " failed" in done.stdout

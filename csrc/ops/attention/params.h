@@ -1,0 +1,30 @@
+// What one launch of attention needs. Torch-free: shared by the CPU kernels, the CUDA kernels and the emulator. docs/attention.md.
+#pragma once
+#include <cstdint>
+
+#include "../../core/dtype.h"
+
+namespace genfast {
+
+// Strides in elements; a dimension that is broadcast has stride 0. The last dimension has stride 1 (or 0 where it is broadcast).
+struct AttentionRows {
+  int64_t batch, head, row;
+};
+
+struct AttentionParams {
+  const void* q;        // (batch, heads, n, d)
+  const void* k;        // (batch, kv_heads, m, d); query head h reads head h / (heads / kv_heads)
+  const void* v;        // (batch, kv_heads, m, d)
+  const void* bias;     // (batch, heads, n, m) float32 or `dtype`, or nullptr
+  const uint8_t* mask;  // (batch, heads, n, m), 0: the query does not see the key; or nullptr
+  void* o;              // (batch, heads, n, d)
+  float* lse;           // (batch, heads, n), dense: natural logarithm of the sum of the exponentials of the scores
+  AttentionRows q_at, k_at, v_at, bias_at, mask_at, o_at;
+  int64_t batch, heads, kv_heads, n, m, d;
+  float scale;
+  bool causal;  // query i sees keys 0 ... i + m - n
+  DType dtype;  // of q, k, v, o: F32, BF16 or F16
+  DType bias_dtype;
+};
+
+}  // namespace genfast

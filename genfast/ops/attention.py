@@ -1,0 +1,477 @@
+"""Fused attention: `genfast.reference.attention` with exact derivatives of any order (docs/attention.md)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genfast import _library
+
+from . import _attention_blocks as blocks
+from . import _backend
+from ._attention_blocks import Inputs
+from ._autograd import refuse_lost_derivatives, wanted
+from ._backend import implementations
+from ._checks import check_dtype, check_tensor, readable, refusal
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, bool causal, float scale"
+_library.define("attention_", f"(Tensor(a!) o, Tensor(b!) lse, {_INPUTS}) -> ()")
+_library.define("attention", f"({_INPUTS}) -> (Tensor, Tensor)")
+_library.define(
+    "attention_backward",
+    f"(Tensor grad_o, Tensor? grad_lse, {_INPUTS}, Tensor o, Tensor lse, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale q k^T + bias) v over the keys that a query sees (Vaswani et al. 2017, equation 1).
+
+    ``q`` (B, H, N, D); ``k`` and ``v`` (B, H / g, M, D): query head h reads head h // g. float32, float64, bfloat16 or float16, any
+    strides. ``bias`` (q's dtype or float32, differentiable) and the bool ``mask`` (True: the query sees the key) broadcast to
+    (B, H, N, M). ``causal``: query i sees keys 0 ... i + M - N, so the last query sees all. ``scale``: 1 / sqrt(D) where None.
+    A query that sees no key gives zeros and the log-sum-exp -inf.
+
+    Returns the output (B, H, N, D), which lies in memory as (B, N, H, D), and with ``return_lse`` also log sum exp of the scores
+    (B, H, N), float32 for 16-bit inputs. Derivatives of any order, forward mode and torch.func: docs/derivatives.md; memory is linear
+    in the sequence, but for the graph of a second derivative. A wrong argument is a ValueError that names it.
+    """
+    bias, mask, scale = _check(q, k, v, bias, mask, scale)
+    if wanted((q, k, v, bias)):
+        o, lse = _differentiable(q, k, v, bias, mask, causal, scale)
+    else:
+        o, lse = _call_forward(q, k, v, bias, mask, causal, scale)
+    return (o, lse) if return_lse else o
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float | None
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """``bias`` and ``mask`` in four dimensions, and the scale."""
+    if q.ndim != 4:
+        raise refusal("q", f"shape {tuple(q.shape)}", "(B, H, N, D)")
+    check_dtype("q", q.dtype)
+    batch, heads, n, d = q.shape
+    if d == 0:
+        raise refusal("q", "a head dimension of 0", "1 and more")
+    if k.ndim != 4 or k.shape[0] != batch or k.shape[3] != d or k.shape[1] == 0 or heads % k.shape[1]:
+        raise refusal("k", f"shape {tuple(k.shape)}", f"({batch}, heads, M, {d}) where heads divides q's {heads}")
+    if v.shape != k.shape:
+        raise refusal("v", f"shape {tuple(v.shape)}", f"{tuple(k.shape)}, as k")
+    for name, t in (("k", k), ("v", v)):
+        if t.dtype != q.dtype or t.device != q.device:
+            raise refusal(name, f"{t.dtype} on {t.device}", f"{q.dtype} on {q.device}, as q")
+    scores = (batch, heads, n, k.shape[2])
+    if bias is not None:
+        if bias.dtype not in (q.dtype, torch.float32) or (q.dtype == torch.float64) != (bias.dtype == torch.float64):
+            supported = q.dtype if q.dtype in (torch.float64, torch.float32) else f"{q.dtype} or torch.float32"
+            raise refusal("bias", bias.dtype, f"{supported}; a bool tensor is a mask")
+        bias = _check_broadcast("bias", bias, scores, q)
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise refusal("mask", mask.dtype, "torch.bool, True where a query sees a key; numbers to add are a bias")
+        mask = _check_broadcast("mask", mask, scores, q)
+    if scale is None:
+        scale = d**-0.5
+    if not math.isfinite(scale):
+        raise refusal("scale", scale, "a finite number")
+    return bias, mask, float(scale)
+
+
+def _check_broadcast(name: str, t: Tensor, scores: tuple[int, ...], q: Tensor) -> Tensor:
+    if t.device != q.device:
+        raise refusal(name, f"a tensor on {t.device}", f"{q.device}, as q")
+    fits = t.ndim <= 4 and all(a in (1, b) for a, b in zip(t.shape[::-1], scores[::-1], strict=False))
+    if not fits:
+        raise refusal(name, f"shape {tuple(t.shape)}", f"a shape that broadcasts to {scores}")
+    return t[(None,) * (4 - t.ndim)]
+
+
+def attention_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tq: Tensor,
+    tk: Tensor,
+    tv: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attention` and its derivative along (``tq``, ``tk``, ``tv``), shaped as q, k and v: what sCM (Lu and Song 2024) and MeanFlow need.
+
+    The other arguments are those of `attention`. Returns the output and its tangent, both (B, H, N, D) in q's dtype, made together from
+    one set of scores in plain torch over blocks of query rows: six products of the size of q k^T, memory linear in the sequence. Both
+    are differentiable. A wrong argument is a ValueError that names it.
+    """
+    bias, mask, scale = _check(q, k, v, bias, mask, scale)
+    for name, t, primal in (("tq", tq, q), ("tk", tk, k), ("tv", tv, v)):
+        check_tensor(name, t, primal.shape, primal.dtype, primal.device)
+    o, _, to, _ = blocks.tangent(Inputs(q, k, v, bias, mask, causal, scale), Inputs(tq, tk, tv, None))
+    return o, to
+
+
+def explain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> str:
+    """Which forward pass and which backward pass `attention` runs for these arguments, and why: two sentences."""
+    _check(q, k, v, bias, mask, scale)
+    chosen = route(q, k, bias is not None or mask is not None or causal)
+    if q.device.type == "cpu" and chosen.why != _NOTHING:
+        backward = "torch's CPU kernel; the gradients of a bias or of the log-sum-exp in plain torch over blocks of query rows"
+    else:
+        backward = "plain torch over blocks of query rows"
+    return f"Forward: {chosen.kernel} ({chosen.why}). Backward: {backward}."
+
+
+# ---- which kernel runs -----------------------------------------------------------------------------------------------------------
+
+
+_NOTHING = "there is nothing to compute"
+
+
+@dataclass(frozen=True)
+class Route:
+    """What runs, and why."""
+
+    kernel: str  # "genfast", "torch_cpu_flash" or "blocks"
+    why: str
+
+
+def route(q: Tensor, k: Tensor, terms: bool) -> Route:
+    """Which forward pass runs; ``terms``: there is a bias, a mask or causality."""
+    device, n, d = q.device.type, q.shape[2], q.shape[3]
+    if q.numel() == 0 or k.numel() == 0:
+        return Route("blocks", _NOTHING)
+    if not _library.has_kernels(device):
+        return Route("blocks", f"no kernels for {device} are loaded: plain torch over blocks of query rows")
+    if device == "cpu" and q.dtype == torch.float64:
+        return Route("torch_cpu_flash", "float64: torch's tiled CPU kernel")
+    if device == "cpu" and n < 16 and q.shape[1] == k.shape[1]:
+        return Route("torch_cpu_flash", f"{n} queries do not fill a tile: torch's CPU kernel, measured faster below 16")
+    if device == "cpu" and q.dtype == torch.bfloat16 and d > 96 and not terms and q.shape[1] == k.shape[1]:
+        return Route("torch_cpu_flash", f"bfloat16 of head dimension {d} with nothing to add: torch's CPU kernel, measured faster above 96")
+    if device == "cpu":
+        return Route("genfast", "tiles of queries and keys, softmax online")
+    if q.dtype == torch.float64 or d > 256:
+        return Route(
+            "blocks", f"the {device} kernels take 16- and 32-bit dtypes and head dimensions up to 256, not {q.dtype} of {d}: plain torch"
+        )
+    if q.dtype == torch.float32 or (device == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0)):
+        return Route("genfast", "fused multiply-adds in float32, softmax online")
+    return Route("genfast", "mma.sync tiles of queries and keys fed by cp.async, softmax online")
+
+
+def _heads_last(like: Tensor) -> Tensor:
+    """(B, H, N, D) that lies as (B, N, H, D), which is what the next layer reads."""
+    b, h, n, d = like.shape
+    return like.new_empty(b, n, h, d).transpose(1, 2)
+
+
+def _laid_out(t: Tensor) -> Tensor:
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    kernel = route(q, k, bias is not None or mask is not None or causal).kernel
+    if kernel == "genfast":
+        o, lse = _fake_forward(q)
+        bias, mask = (None if t is None else _rows(t, q, k) for t in (bias, mask))
+        _backend.namespace.attention_(o, lse, _unit(q), _unit(k), _unit(v), bias, mask, causal, scale)
+        return o, lse
+    if kernel == "torch_cpu_flash":
+        o, lse = _torch_cpu_flash(q, k, v, bias, mask, causal, scale)
+    else:
+        o, lse = blocks.forward(Inputs(q, k, v, bias, mask, causal, scale))
+    return _laid_out(o), lse.contiguous()
+
+
+def _backward(
+    grad_o: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    o: Tensor,
+    lse: Tensor,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = Inputs(q, k, v, bias, mask, causal, scale)
+    if q.device.type == "cpu" and q.numel() and k.numel() and grad_lse is None:
+        grads = _torch_cpu_flash_backward(x, o, lse, grad_o)
+        if bias_grad:
+            grads += blocks.backward(x, o, lse, grad_o, None, bias_grad=True, only_bias=True)
+    else:
+        grads = blocks.backward(x, o, lse, grad_o, grad_lse, bias_grad)
+    dq, dk, dv = (_laid_out(g) for g in grads[:3])
+    return dq, dk, dv, grads[3].contiguous() if bias_grad else q.new_empty(0)
+
+
+# ---- torch's CPU kernel ----------------------------------------------------------------------------------------------------------
+
+
+def _additive(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, causal: bool) -> tuple[Tensor | None, bool]:
+    """Bias, mask and what of causality torch's kernel lacks (its mask begins at the top left) as one tensor; whether it stays causal."""
+    n, m = q.shape[2], k.shape[2]
+    if causal and (n != m or bias is not None or mask is not None):
+        sees = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)[None, None]
+        mask, causal = sees if mask is None else mask & sees, False
+    if bias is not None:
+        bias = bias.to(q.dtype)
+    if mask is not None:
+        zero = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias
+        bias = torch.where(mask, zero, -torch.inf)
+    return None if bias is None else _unit(bias.expand(*bias.shape[:3], m)), causal
+
+
+def _rows(t: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """A bias or mask of full shape, broadcast by strides of 0."""
+    t = _unit(t.expand(*t.shape[:3], k.shape[2]))
+    return t.expand(*q.shape[:3], k.shape[2])
+
+
+def _unit(t: Tensor) -> Tensor:
+    """The kernels read rows with unit stride."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _torch_cpu_flash(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    additive, causal = _additive(q, k, bias, mask, causal)
+    q, k, v = _unit(q), _shared(k, q), _shared(v, q)
+    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=additive, scale=scale)
+    if additive is not None:  # torch says 0 of a row that sees nothing
+        lse = lse.masked_fill((additive == -torch.inf).all(-1), -torch.inf)
+    return o, lse
+
+
+def _torch_cpu_flash_backward(x: Inputs, o: Tensor, lse: Tensor, grad_o: Tensor) -> tuple[Tensor, ...]:
+    additive, causal = _additive(x.q, x.k, x.bias, x.mask, x.causal)
+    q, k, v = _unit(x.q), _shared(x.k, x.q), _shared(x.v, x.q)
+    if additive is not None:
+        lse = lse.masked_fill(lse == -torch.inf, 0)
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        _unit(grad_o), q, k, v, o, lse, 0.0, causal, attn_mask=additive, scale=x.scale
+    )
+    return dq, *(g.unflatten(1, (x.k.shape[1], -1)).sum(2) if k.shape != x.k.shape else g for g in (dk, dv))
+
+
+def _shared(t: Tensor, q: Tensor) -> Tensor:
+    """A key or value head for each query head: torch's kernel knows no groups."""
+    return _unit(t) if t.shape[1] == q.shape[1] else t.repeat_interleave(q.shape[1] // t.shape[1], dim=1)
+
+
+def _straight(*tensors: Tensor) -> bool:
+    """Whether nobody watches the operators: then the dispatcher, which costs as much as a small call, is left out."""
+    return readable(tensors[0]) and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+
+
+def _call_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    if _straight(q, k, v):
+        return _untracked(_forward)(q, k, v, *rest)  # type: ignore[return-value]
+    o, lse = torch.ops.genfast.attention(q, k, v, *rest)
+    return o, lse
+
+
+def _call_backward(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    if _straight(do, q, k, v):
+        return _untracked(_backward)(do, dlse, q, k, v, *rest)
+    grads: tuple[Tensor, ...] = torch.ops.genfast.attention_backward(do, dlse, q, k, v, *rest)
+    return grads
+
+
+# ---- the operators ---------------------------------------------------------------------------------------------------------------
+
+
+def _fake_forward(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _heads_last(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _fake_backward(
+    grad_o: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest: object
+) -> tuple[Tensor, ...]:
+    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if rest[-1] and bias is not None else q.new_empty(0)
+    return (*(_heads_last(t) for t in (q, k, v)), dbias)
+
+
+def _untracked(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """The results lie transposed; marked as views they would make a tangent of another layout an error."""
+
+    def kernel(*arguments: Any) -> tuple[Tensor, ...]:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)):
+            return run(*arguments)
+
+    return kernel
+
+
+for _name, _run, _fake in (("attention", _forward, _fake_forward), ("attention_backward", _backward, _fake_backward)):
+    implementations.impl(_name, _untracked(_run), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"genfast::{_name}", _fake, lib=implementations)
+    refuse_lost_derivatives(_name, "genfast.ops.attention")
+
+
+# ---- derivatives -----------------------------------------------------------------------------------------------------------------
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _differentiable(*arguments: Any) -> tuple[Tensor, Tensor]:
+    o, lse = _Attention.apply(*arguments)  # type: ignore[no-untyped-call]
+    return o, lse
+
+
+def _fold(t: Tensor | None, dim: int | None, size: int, batch: int, expand: bool) -> Tensor | None:
+    """Puts a dimension of torch.vmap into the batch, of which ``t`` may hold one for all. ``expand``: even where it has no such one."""
+    if t is None or (dim is None and not expand and t.shape[0] == 1 != batch):
+        return t
+    t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+    return t.expand(size, batch, *t.shape[2:]).flatten(0, 1)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return _call_forward(q, k, v, bias, mask, causal, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.causal, ctx.scale = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, mask, o, lse = ctx.saved_tensors
+        if do is None:
+            do = torch.zeros_like(o)
+        bias_grad = bias is not None and ctx.needs_input_grad[3]
+        differentiated = wanted((do, dlse, q, k, v, bias))
+        run = _AttentionBackward.apply if differentiated else _AttentionBackward.forward
+        grads: tuple[Tensor, ...] = run(do, dlse, q, k, v, bias, mask, ctx.causal, ctx.scale, o.detach(), lse.detach(), bias_grad)
+        return (*grads[:3], grads[3] if bias_grad else None, None, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, k, v, bias, mask = ctx.saved_tensors
+        return blocks.tangent(Inputs(q, k, v, bias, mask, ctx.causal, ctx.scale), _direction((q, k, v, bias), tangents))[2:]
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        dims: tuple[int | None, ...],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        batch = q.shape[0] if dims[0] is None else q.movedim(dims[0], 0).shape[1]
+        q, k, v = (_fold(t, d, info.batch_size, batch, True) for t, d in zip((q, k, v), dims[:3], strict=True))  # type: ignore[assignment]
+        bias, mask = (_fold(t, d, info.batch_size, batch, False) for t, d in zip((bias, mask), dims[3:5], strict=True))
+        results = _Attention.apply(q, k, v, bias, mask, causal, scale)  # type: ignore[no-untyped-call]
+        return tuple(t.unflatten(0, (info.batch_size, batch)) for t in results), (0, 0)
+
+
+class _AttentionBackward(torch.autograd.Function):
+    """The gradient is the derivative of (do, o) + (dlse, lse), so the gradient of its product with a direction is the tangent of it along
+    that direction: the second derivative is symmetric. o and lse are values it may use; their dependence is accounted for."""
+
+    @staticmethod
+    def forward(
+        do: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        o: Tensor,
+        lse: Tensor,
+        bias_grad: bool,
+    ) -> tuple[Tensor, ...]:
+        grads = _call_backward(do, dlse, q, k, v, bias, mask, causal, scale, o, lse, bias_grad)
+        return tuple(grads) if bias_grad else tuple(grads[:3])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.causal, ctx.scale, _, _, ctx.bias_grad = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def _tangent(ctx: Any, direction: Sequence[Tensor | None], tdo: Tensor | None, tdlse: Tensor | None, bias_grad: bool) -> Any:
+        do, dlse, q, k, v, bias, mask = ctx.saved_tensors
+        x = Inputs(q, k, v, bias, mask, ctx.causal, ctx.scale)
+        return blocks.backward_tangent(x, do, dlse, _direction((q, k, v, bias), direction), tdo, tdlse, bias_grad)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        bias_wanted = ctx.needs_input_grad[5]
+        direction = (*cotangents, None) if len(cotangents) == 3 else cotangents
+        dq, dk, dv, *dbias, to, tlse = _AttentionBackward._tangent(ctx, direction, None, None, bias_wanted)
+        gradients = (to, tlse if ctx.needs_input_grad[1] else None, dq, dk, dv, dbias[0] if dbias else None)
+        return (*gradients, *(None,) * 6)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        tdo, tdlse, *direction = tangents[:6]
+        results: tuple[Tensor, ...] = _AttentionBackward._tangent(ctx, direction, tdo, tdlse, ctx.bias_grad)
+        return results[:-2]
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        do, dlse, q, k, v, bias, mask, causal, scale, o, lse, bias_grad = arguments
+        batch = q.shape[0] if dims[2] is None else q.movedim(dims[2], 0).shape[1]
+        rows = None if bias is None else (bias if dims[5] is None else bias.movedim(dims[5], 0)[0]).shape[0]
+
+        def fold(t: Tensor | None, dim: int | None, expand: bool = True) -> Tensor | None:
+            return _fold(t, dim, info.batch_size, batch, expand)
+
+        do, dlse, q, k, v, bias = (fold(t, d) for t, d in zip((do, dlse, q, k, v, bias), dims[:6], strict=True))
+        mask, o, lse = fold(mask, dims[6], False), fold(o, dims[9]), fold(lse, dims[10])
+        results = _AttentionBackward.apply(do, dlse, q, k, v, bias, mask, causal, scale, o, lse, bias_grad)  # type: ignore[no-untyped-call]
+        grads = [t.unflatten(0, (info.batch_size, batch)) for t in results]
+        if bias_grad and rows != batch:
+            grads[3] = grads[3].sum(1, keepdim=True)
+        return tuple(grads), (0,) * len(grads)
+
+
+def _direction(primals: Sequence[Tensor | None], tangents: Sequence[Tensor | None]) -> Inputs:
+    """The tangents of q, k, v and bias as `Inputs`, zeros where there is none."""
+    q, k, v = (torch.zeros_like(p) if t is None and p is not None else t for p, t in zip(primals[:3], tangents[:3], strict=True))
+    assert q is not None and k is not None and v is not None
+    return Inputs(q, k, v, tangents[3] if primals[3] is not None else None)
