@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ["README.md", "docs/performance.md"]
+PAGES = ["README.md", "docs/performance.md", "docs/diffusers.md"]
 BLOCK = re.compile(r"(<!-- benchmark:(\S+) -->\n)(.*?)(<!-- /benchmark -->)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -60,6 +60,28 @@ def steps_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def schedulers_table(rows: list[Row]) -> str:
+    """One line a class, a pair of columns a shape: stock's time and how many times faster the fused class is, with either noise."""
+    shapes = list(dict.fromkeys("x".join(map(str, row["shape"])) for row in rows))
+    head = "".join(f" {shape}: stock | genfast | with seeds |" for shape in shapes)
+    lines = [f"| class |{head}", "|---|" + "---|---|---|" * len(shapes)]
+    cells: dict[str, dict[str, dict[str, Row]]] = {}
+    for row in rows:
+        name, shape = row["case"].split(", ")
+        cells.setdefault(name, {}).setdefault(shape, {})[row["variant"]] = row
+    for name in sorted(cells):
+        line = f"| {name.removesuffix('Scheduler')} |"
+        for shape in shapes:
+            variants = cells[name].get(shape, {})
+            stock = variants.get("diffusers")
+            line += f" {time_text(stock['median_us'])} |" if stock else " - |"
+            for variant in ("genfast", "genfast-seeds"):
+                ours = variants.get(variant)
+                line += f" {stock['median_us'] / ours['median_us']:.1f}x |" if ours and stock else " - |"
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def source_line(rows: list[Row]) -> str:
     def all_of(key: str) -> str:
         return ", ".join(dict.fromkeys(str(row[key]) for row in rows))
@@ -74,7 +96,8 @@ def block(name: str) -> str:
     """The text of one block; NAME is file[:threads]."""
     file, _, threads = name.partition(":")
     rows = [r for r in read_rows(file) if not threads or str(r.get("threads")) == threads]
-    return f"{steps_table(rows)}\n\n{source_line(rows)}\n" if rows else "No rows yet.\n"
+    table = schedulers_table if file.startswith("schedulers") else steps_table
+    return f"{table(rows)}\n\n{source_line(rows)}\n" if rows else "No rows yet.\n"
 
 
 def main() -> int:
