@@ -11,10 +11,10 @@ from ._checks import check_dtype, refusal
 def minibatch_stddev(x: Tensor, group_size: int | None = 4, num_channels: int = 1, eps: float = 1e-8) -> Tensor:
     """``x`` (B, C, H, W) with ``num_channels`` more channels: (B, C + num_channels, H, W) (Karras et al. 2018, section 3).
 
-    Samples i, i + B / g, i + 2 B / g, ... are a group of g = min(group_size, B) (None: the batch), as in StyleGAN2; g must divide B. New channel
-    k of each is ``sqrt(var + eps)`` over the group, averaged over pixels and the k-th of ``num_channels`` equal parts of the channels.
-    float32, float64, bfloat16 or float16; the statistics in float32 (float64 for float64). Returns x's dtype. Differentiable to every
-    order. Raises ValueError for anything else.
+    Samples i, i + B / g, i + 2 B / g, ... are a group of g = min(group_size, B) (None: the batch), as in StyleGAN2; g must divide B. New
+    channel k of each is ``sqrt(var + eps)`` over the group, averaged over pixels and the k-th of ``num_channels`` equal parts of the
+    channels. float32, float64, bfloat16 or float16; the statistics in float32 (float64 for float64). Returns x's dtype. Differentiable to
+    every order. Raises ValueError for anything else.
     """
     check_dtype("x", x.dtype)
     if x.ndim != 4:

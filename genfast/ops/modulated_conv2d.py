@@ -33,14 +33,15 @@ def modulated_conv2d(
     gain: float | None = None,
     clamp: float | None = None,
 ) -> Tensor:
-    """`conv2d_resample` with ``weight`` scaled by each sample's ``styles``, then noise, bias and activation (Karras et al. 2020, section 2.2).
+    """`conv2d_resample` with ``weight`` scaled by each sample's ``styles``, then noise, bias and activation (Karras et al. 2020, section
+    2.2).
 
     ``x`` (B, C, H, W), float32, float64, bfloat16 or float16; all else is cast to x's dtype where it meets x: ``weight`` (K, C, kh, kw);
-    ``styles`` (B, C); ``noise`` broadcastable to the result, added to it; ``bias`` (K,). ``demodulate`` divides each output channel's weights by
-    their norm (equation 3); ``input_gain`` broadcastable to (B, C), on the weights after that (Karras et al. 2021); ``act`` (None:
-    linear), ``gain`` and ``clamp`` as `bias_act`. ``fused_modconv`` True makes each sample's weights and convolves in groups, False scales the
-    input by the styles and the output by the demodulation: the same function, one dense convolution. Returns (B, K, H', W') in x's
-    dtype and memory format. Differentiable to every order in every tensor but the filter. Raises ValueError for anything else.
+    ``styles`` (B, C); ``noise`` broadcastable to the result, added to it; ``bias`` (K,). ``demodulate`` divides each output channel's
+    weights by their norm (equation 3); ``input_gain`` broadcastable to (B, C), on the weights after that (Karras et al. 2021); ``act``
+    (None: linear), ``gain`` and ``clamp`` as `bias_act`. ``fused_modconv`` True makes each sample's weights and convolves in groups, False
+    scales the input by the styles and the output by the demodulation: the same function, one dense convolution. Returns (B, K, H', W') in
+    x's dtype and memory format. Differentiable to every order in every tensor but the filter. Raises ValueError for anything else.
     """
     check_dtype("x", x.dtype)
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[1]:
@@ -111,8 +112,8 @@ def _dense(
     if demodulate:
         epsilon: Tensor | float = EPSILON
         if x.dtype == torch.float16:
-            # Its range is short: styles and weights are brought to about 1. The demodulation, epsilon included, takes that out again, so the
-            # factors are constants to a derivative.
+            # Its range is short: styles and weights are brought to about 1. The demodulation, epsilon included, takes that out again, so
+            # the factors are constants to a derivative.
             tiny = torch.finfo(weight.dtype).tiny
             by_sample = 1 / styles.detach().abs().amax(1, keepdim=True).clamp(min=tiny)
             by_channel = 1 / weight.detach().abs().amax([1, 2, 3], keepdim=True).clamp(min=tiny) / weight[0].numel() ** 0.5

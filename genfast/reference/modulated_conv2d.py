@@ -31,11 +31,13 @@ def modulated_conv2d(
     gain: float | None = None,
     clamp: float | None = None,
 ) -> Tensor:
-    """`conv2d_resample` with ``weight`` scaled by each sample's ``styles``, then noise, bias and activation (Karras et al. 2020, section 2.2).
+    """`conv2d_resample` with ``weight`` scaled by each sample's ``styles``, then noise, bias and activation (Karras et al. 2020, section
+    2.2).
 
     ``x`` (B, C, H, W); ``weight`` (K, C, kh, kw); ``styles`` (B, C); ``noise`` broadcastable to the result, added to it; ``demodulate``
-    divides each output channel's weights by their norm (equation 3); ``input_gain`` broadcastable to (B, C), on the weights after that (Karras et
-    al. 2021); ``bias`` (K,), ``act`` (None: linear), ``gain`` and ``clamp`` as `bias_act`. ``fused_modconv`` changes the way, not the result.
+    divides each output channel's weights by their norm (equation 3); ``input_gain`` broadcastable to (B, C), on the weights after that
+    (Karras et al. 2021); ``bias`` (K,), ``act`` (None: linear), ``gain`` and ``clamp`` as `bias_act`. ``fused_modconv`` changes the way,
+    not the result.
     """
     results = []
     gains = None if input_gain is None else input_gain.expand(x.shape[0], x.shape[1])
