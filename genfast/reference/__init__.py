@@ -6,7 +6,10 @@ from .bn_act import bn_act
 from .conv2d_resample import conv2d_resample
 from .filtered_lrelu import filtered_lrelu
 from .group_norm_silu import group_norm_silu
+from .minibatch_stddev import minibatch_stddev
+from .modulated_conv2d import modulated_conv2d
 from .noise import normal, uniform
+from .pixel_norm import pixel_norm
 from .solver_step import solver_step, solver_step_
 from .upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
@@ -19,7 +22,10 @@ __all__ = [
     "filter2d",
     "filtered_lrelu",
     "group_norm_silu",
+    "minibatch_stddev",
+    "modulated_conv2d",
     "normal",
+    "pixel_norm",
     "setup_filter",
     "solver_step",
     "solver_step_",

@@ -1,0 +1,75 @@
+"""`torch_utils.ops.conv2d_gradfix`: torch's convolutions, which have every derivative, and the switch for those of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+enabled = False  # set by the user: whether `no_weight_gradients` has an effect
+weight_gradients_disabled = False
+
+
+@contextmanager
+def no_weight_gradients(disable: bool = True) -> Iterator[None]:
+    """Backward passes inside give no gradient to weights of this module's convolutions, if ``enabled`` was set before the forward pass."""
+    global weight_gradients_disabled
+    before = weight_gradients_disabled
+    weight_gradients_disabled = before or disable
+    try:
+        yield
+    finally:
+        weight_gradients_disabled = before
+
+
+class _Gate(torch.autograd.Function):
+    """The identity, whose gradient stops while `no_weight_gradients` holds."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor | None:
+        return None if weight_gradients_disabled else grad
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.view_as(tangent)
+
+
+def gated(weight: Tensor) -> Tensor:
+    """``weight``, its gradient subject to `no_weight_gradients`."""
+    result: Tensor = _Gate.apply(weight) if enabled and weight.requires_grad else weight  # type: ignore[no-untyped-call]
+    return result
+
+
+def conv2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Tensor:
+    """`torch.nn.functional.conv2d`."""
+    return F.conv2d(input, gated(weight), bias, stride, padding, dilation, groups)
+
+
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Tensor:
+    """`torch.nn.functional.conv_transpose2d`."""
+    return F.conv_transpose2d(input, gated(weight), bias, stride, padding, output_padding, groups, dilation)
