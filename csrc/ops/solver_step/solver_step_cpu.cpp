@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../../core/cpu_isa.h"
+#include "../../core/huge_pages.h"
 #include "solver_step_cpu.h"
 
 namespace genfast {
@@ -64,14 +65,16 @@ Step read_row(const SolverStepParams& p) {
 }
 
 // Writing past the caches saves reading the lines first. It pays for an output that is large, is not among the row's inputs (those
-// lines are in the caches already), and is not read again at once.
+// lines are in the caches already), and is not read again at once. An output that is not an input may be fresh memory.
 void choose_streaming(Step& s, int64_t element_size) {
   const bool follows = s.p->watch || (s.p->model_input && s.next_c_in != 0);
-  for (int k = 0; k < s.outputs && s.outputs > 1; ++k) {
-    bool read = (s.needs_x && s.output_slot[k] == s.p->slot[0]) || (k == 0 && follows);
-    for (int j = 0; j < s.history; ++j) read |= s.output_slot[k] == s.history_slot[j];
+  const int64_t bytes = s.batch * s.per_sample * element_size;
+  for (int k = 0; k < s.outputs; ++k) {
+    bool input = s.needs_x && s.output_slot[k] == s.p->slot[0];
+    for (int j = 0; j < s.history; ++j) input |= s.output_slot[k] == s.history_slot[j];
+    if (!input) want_huge_pages(s.output_slot[k], bytes);
     const bool aligned = reinterpret_cast<uintptr_t>(s.output_slot[k]) % 64 == 0 && (s.batch == 1 || s.per_sample * element_size % 64 == 0);
-    s.stream[k] = !read && aligned && s.batch * s.per_sample * element_size >= kStreamBytes;
+    s.stream[k] = s.outputs > 1 && !input && !(k == 0 && follows) && aligned && bytes >= kStreamBytes;
   }
 }
 
