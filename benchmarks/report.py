@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ["README.md", "docs/performance.md", "docs/diffusers.md"]
+PAGES = ["README.md", "docs/performance.md", "docs/diffusers.md", "docs/gan-ops.md"]
 BLOCK = re.compile(r"(<!-- benchmark:(\S+) -->\n)(.*?)(<!-- /benchmark -->)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -82,6 +82,20 @@ def schedulers_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def operators_table(rows: list[Row]) -> str:
+    """One line a case: genfast's time, and how many times longer every other variant takes."""
+    others = [name for name in dict.fromkeys(row["variant"] for row in rows) if name != "genfast"]
+    lines = [f"| case | genfast | {' | '.join(others)} |", "|---|---|" + "---|" * len(others)]
+    cases: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], {})[row["variant"]] = row
+    for case, variants in cases.items():
+        ours = variants["genfast"]["median_us"]
+        ratios = [f"{variants[name]['median_us'] / ours:.1f}x" if name in variants else "-" for name in others]
+        lines.append(f"| {case} | {time_text(ours)} | {' | '.join(ratios)} |")
+    return "\n".join(lines)
+
+
 def source_line(rows: list[Row]) -> str:
     def all_of(key: str) -> str:
         return ", ".join(dict.fromkeys(str(row[key]) for row in rows))
@@ -96,7 +110,7 @@ def block(name: str) -> str:
     """The text of one block; NAME is file[:threads]."""
     file, _, threads = name.partition(":")
     rows = [r for r in read_rows(file) if not threads or str(r.get("threads")) == threads]
-    table = schedulers_table if file.startswith("schedulers") else steps_table
+    table = {"schedulers": schedulers_table, "gan": operators_table}.get(file.split("-")[0], steps_table)
     return f"{table(rows)}\n\n{source_line(rows)}\n" if rows else "No rows yet.\n"
 
 
