@@ -7,9 +7,8 @@ import torch
 
 from genfast import info
 
-
-# In about one process in ten, the first torch.exp that several threads share is wrong by 1.5e-4 (torch 2.13 on this CPU, pure torch). A first
-# one by a single thread prevents it.
+# In about one process in ten, the first torch.exp that several threads share is wrong by 1.5e-4 (torch 2.13 by itself). A first one by a
+# single thread prevents it.
 torch.zeros(64).exp()
 
 
