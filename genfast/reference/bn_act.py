@@ -1,7 +1,11 @@
-"""Batch normalisation with its activation in pure PyTorch (docs/gan-ops.md)."""
+"""Batch normalisation with residual and activation in pure PyTorch (docs/gan-ops.md), over one process or several."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,12 +23,67 @@ def bn_act(
     eps: float = 1e-5,
     act: str = "relu",
     alpha: float | None = None,
+    gain: float = 1.0,
+    residual: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """``act(weight * (x - mean) / sqrt(var + eps) + bias)`` for each channel (Ioffe and Szegedy 2015).
+    """``gain * act(weight * (x - mean) / sqrt(var + eps) + bias + residual)`` for each channel (Ioffe and Szegedy 2015; He et al. 2016).
 
-    ``x`` (B, C, ...); the others (C,). ``training``: mean and variance of this batch, which also move the running ones by ``momentum``
-    (the variance unbiased), where they are given; else the running ones. ``act`` and ``alpha`` as `bias_act`. Returns x's shape, dtype.
+    ``x`` (B, C, ...); ``residual`` None or like x; the others (C,). ``training``: mean and variance of this batch, which also move the
+    running ones by ``momentum`` (the variance unbiased), where they are given; else the running ones. ``process_group``: in training the
+    batch is that of all its ranks. ``act`` and ``alpha`` as `bias_act`. Returns x's shape and dtype.
     """
     known = ACTIVATIONS[act]
-    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    return known.function(y, known.alpha if alpha is None else alpha)
+    if training and process_group is not None:
+        y = _over_ranks(x, weight, bias, running_mean, running_var, momentum, eps, process_group)
+    else:
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    return known.function(y if residual is None else y + residual, known.alpha if alpha is None else alpha) * gain
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over ranks. Its gradient is the sum of the ranks' gradients, so it closes to every order."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, process_group: dist.ProcessGroup) -> Tensor:
+        ctx.process_group = process_group
+        total = t.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=process_group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grad, ctx.process_group), None
+
+
+def all_reduce(t: Tensor, process_group: dist.ProcessGroup) -> Tensor:
+    """The sum of ``t`` over ranks, differentiable to every order: the loss is the sum of the ranks' losses."""
+    total: Tensor = _AllReduce.apply(t, process_group)  # type: ignore[no-untyped-call]
+    return total
+
+
+def _over_ranks(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    process_group: dist.ProcessGroup,
+) -> Tensor:
+    def along(t: Tensor) -> Tensor:
+        return t.to(wide.dtype).reshape(-1, *[1] * (x.ndim - 2))
+
+    wide = x if x.dtype == torch.float64 else x.float()
+    dims = [i for i in range(x.ndim) if i != 1]
+    count = all_reduce(wide.new_full((1,), x.numel() / x.shape[1]), process_group)
+    mean = all_reduce(wide.sum(dims), process_group) / count
+    var = all_reduce((wide - along(mean)).square().sum(dims), process_group) / count
+    with torch.no_grad():
+        for running, value in ((running_mean, mean), (running_var, var * count / (count - 1))):
+            if running is not None:
+                running.lerp_(value.to(running.dtype), momentum)
+    y = (wide - along(mean)) * along((var + eps).rsqrt())
+    y = y if weight is None else y * along(weight)
+    return (y if bias is None else y + along(bias)).to(x.dtype)
