@@ -124,7 +124,7 @@ def load(path: str | Path) -> tuple[UNet, dict[str, Any]]:
 
     Raises FileNotFoundError if there is no such file, ValueError if it is not one of ours.
     """
-    tensors, config, about = store.read(path, "unet", "a U-Net")
+    _, tensors, config, about = store.read(path, ["unet"], "a U-Net")
     net = UNet(UNetConfig(**config))
     net.load_state_dict(tensors)
     return net.eval(), about

@@ -47,7 +47,9 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         norm = self.norm
         if norm is None:
-            return ops.bias_act(self.conv(x), self.bias, act=self.act, alpha=self.alpha, gain=1.0)
+            y = self.conv(x)
+            bias = None if self.bias is None else self.bias.to(y.dtype)
+            return ops.bias_act(y, bias, act=self.act, alpha=self.alpha, gain=1.0)
         if self.training:
             assert norm.num_batches_tracked is not None
             norm.num_batches_tracked.add_(1)
@@ -62,4 +64,4 @@ class ConvBlock(nn.Module):
             y = F.conv_transpose2d(x, conv.weight * scale[:, None, None], None, conv.stride, self.padding)
         else:
             y = F.conv2d(x, conv.weight * scale[:, None, None, None], None, conv.stride, self.padding)
-        return ops.bias_act(y, shift, act=self.act, alpha=self.alpha, gain=1.0)
+        return ops.bias_act(y, shift.to(y.dtype), act=self.act, alpha=self.alpha, gain=1.0)
