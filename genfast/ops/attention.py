@@ -177,13 +177,19 @@ def route(q: Tensor, k: Tensor, terms: bool) -> Route:
         return Route("torch_cpu_flash", f"bfloat16 of head dimension {d} with nothing to add: torch's CPU kernel, measured faster above 96")
     if device == "cpu":
         return Route("genfast", "tiles of queries and keys, softmax online")
+    return _cuda_route(q)
+
+
+def _cuda_route(q: Tensor) -> Route:
+    """What runs on CUDA, in both directions."""
+    device, d = q.device.type, q.shape[3]
     if q.dtype == torch.float64 or d > 256:
         return Route(
             "blocks", f"the {device} kernels take 16- and 32-bit dtypes and head dimensions up to 256, not {q.dtype} of {d}: plain torch"
         )
     if q.dtype == torch.float32 or (device == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0)):
-        return Route("genfast", "fused multiply-adds in float32, softmax online")
-    return Route("genfast", "mma.sync tiles of queries and keys fed by cp.async, softmax online")
+        return Route("genfast", "fused multiply-adds in float32, tiles of queries and keys")
+    return Route("genfast", "mma.sync tiles of queries and keys fed by cp.async")
 
 
 def route_backward(q: Tensor, k: Tensor, sums: bool) -> Route:
@@ -191,8 +197,10 @@ def route_backward(q: Tensor, k: Tensor, sums: bool) -> Route:
     device = q.device.type
     if q.numel() == 0 or k.numel() == 0:
         return Route("blocks", _NOTHING)
-    if device != "cpu" or not _library.has_kernels(device):
-        return Route("blocks", f"no backward kernels for {device}: plain torch over blocks of query rows")
+    if not _library.has_kernels(device):
+        return Route("blocks", f"no kernels for {device} are loaded: plain torch over blocks of query rows")
+    if device != "cpu":
+        return _cuda_route(q)
     if q.dtype != torch.float64:
         return Route("genfast", "tiles of queries and keys")
     if sums:

@@ -79,7 +79,6 @@ void attention_(const Tensor& o, const Tensor& lse, const Tensor& q, const Tenso
   GENFAST_LAUNCH(attention, p, q);
 }
 
-#if defined(GENFAST_BACKEND_CPU)
 void attention_backward_(const Tensor& dq, const Tensor& dk, const Tensor& dv, const std::optional<Tensor>& dbias, const Tensor& delta,
                          const Tensor& grad_o, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
                          const std::optional<Tensor>& bias, const std::optional<Tensor>& mask, bool causal, double scale, const Tensor& o,
@@ -114,7 +113,6 @@ void attention_backward_(const Tensor& dq, const Tensor& dk, const Tensor& dv, c
   const DeviceGuard guard(q);
   GENFAST_LAUNCH(attention_backward, p, q);
 }
-#endif
 
 #if !defined(GENFAST_BACKEND_CPU)
 void attention_tangent_(const Tensor& to, const Tensor& tlse, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -144,9 +142,7 @@ void attention_tangent_(const Tensor& to, const Tensor& tlse, const Tensor& q, c
 
 GENFAST_LIBRARY_IMPL(m) {
   m.impl("attention_", TORCH_BOX(&genfast::attention_));
-#if defined(GENFAST_BACKEND_CPU)
   m.impl("attention_backward_", TORCH_BOX(&genfast::attention_backward_));
-#endif
 #if !defined(GENFAST_BACKEND_CPU)
   m.impl("attention_tangent_", TORCH_BOX(&genfast::attention_tangent_));
 #endif
