@@ -8,16 +8,6 @@
 namespace genfast {
 namespace {
 
-template <int N, bool kVector>
-__device__ __forceinline__ Span<N, kVector> span_at(int64_t begin, int64_t end) {
-  Span<N, kVector> span;
-  span.element = begin;
-  span.count = end - begin < N ? static_cast<int>(end - begin) : N;
-#pragma unroll
-  for (int i = 0; i < (kVector ? 1 : N); ++i) span.at[i] = begin + i;
-  return span;
-}
-
 // N elements from `offset`; coefficient k of element i is c[k][i], or c[k][0] for all. Adds to sum what the pass sums.
 template <class S, int N, int M, bool kVector>
 __device__ __forceinline__ void apply(const BnActParams& p, const Curve<Wide<S>>& curve, int64_t offset, const Span<N, kVector>& span,
