@@ -41,6 +41,11 @@ const std::vector<Kernel>& catalogue() {
        {"float32", "float64", "bfloat16", "float16"},
        "any; faster with AVX2 and AVX-512",
        "batch statistics and activation, backward"},
+      {"qknorm_rope",
+       "cpu",
+       {"float32", "float64", "bfloat16", "float16"},
+       "any; faster with AVX2 and AVX-512",
+       "RMS or layer norm and rotary embedding of queries and keys, backward"},
       {"upfirdn2d",
        "cpu",
        {"float32", "float64", "bfloat16", "float16"},
@@ -57,6 +62,11 @@ const std::vector<Kernel>& catalogue() {
        "model output float32, bfloat16 or float16; float64 state with float64 or float32 output"},
       {"bias_act", "cuda", {"float32", "float64", "bfloat16", "float16"}, "sm_75", "nine activations, derivatives to the third order"},
       {"bn_act", "cuda", {"float32", "float64", "bfloat16", "float16"}, "sm_75", "batch statistics and activation, backward"},
+      {"qknorm_rope",
+       "cuda",
+       {"float32", "float64", "bfloat16", "float16"},
+       "sm_75",
+       "RMS or layer norm and rotary embedding of queries and keys, backward"},
       {"upfirdn2d", "cuda", {"float32", "float64", "bfloat16", "float16"}, "sm_75", "any scaling, padding and filter, separable or not"},
 #endif
   };

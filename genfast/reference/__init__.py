@@ -10,6 +10,7 @@ from .minibatch_stddev import minibatch_stddev
 from .modulated_conv2d import modulated_conv2d
 from .noise import normal, uniform
 from .pixel_norm import pixel_norm
+from .qknorm_rope import qknorm_rope, qknorm_rope_attention, rope_table
 from .solver_step import solver_step, solver_step_
 from .upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
@@ -26,6 +27,9 @@ __all__ = [
     "modulated_conv2d",
     "normal",
     "pixel_norm",
+    "qknorm_rope",
+    "qknorm_rope_attention",
+    "rope_table",
     "setup_filter",
     "solver_step",
     "solver_step_",

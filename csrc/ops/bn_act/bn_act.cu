@@ -8,16 +8,6 @@
 namespace genfast {
 namespace {
 
-template <int N, bool kVector>
-__device__ __forceinline__ Span<N, kVector> span_at(int64_t begin, int64_t end) {
-  Span<N, kVector> span;
-  span.element = begin;
-  span.count = end - begin < N ? static_cast<int>(end - begin) : N;
-#pragma unroll
-  for (int i = 0; i < (kVector ? 1 : N); ++i) span.at[i] = begin + i;
-  return span;
-}
-
 constexpr int kAbreast = 2;  // spans of which a thread has the loads in flight at once
 
 template <BnPass kPass>
