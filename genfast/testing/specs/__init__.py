@@ -6,10 +6,12 @@ from .attention import ATTENTION
 from .bias_act import BIAS_ACT
 from .bn_act import BN_ACT
 from .group_norm_silu import GROUP_NORM_SILU
+from .modulate_bias_act import MODULATE_BIAS_ACT
 from .noise import NORMAL, UNIFORM
 from .solver_step import SOLVER_STEP, SOLVER_STEP_
 from .upfirdn2d import UPFIRDN2D
 
 SPECS: dict[str, OpSpec] = {
-    spec.name: spec for spec in (NORMAL, UNIFORM, SOLVER_STEP_, SOLVER_STEP, BIAS_ACT, BN_ACT, GROUP_NORM_SILU, UPFIRDN2D, ATTENTION)
+    spec.name: spec
+    for spec in (NORMAL, UNIFORM, SOLVER_STEP_, SOLVER_STEP, BIAS_ACT, BN_ACT, GROUP_NORM_SILU, MODULATE_BIAS_ACT, UPFIRDN2D, ATTENTION)
 }
