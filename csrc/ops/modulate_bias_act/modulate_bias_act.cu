@@ -73,7 +73,7 @@ __host__ __device__ __forceinline__ T* partial_noise(const ModulateParams& p, in
 }
 
 template <class S, bool kVector, bool kBackward>
-__global__ void __launch_bounds__(256) planes_kernel(const __grid_constant__ ModulateParams p) {
+__global__ void __launch_bounds__(256, kBackward ? 2 : 3) planes_kernel(const __grid_constant__ ModulateParams p) {
   using T = Wide<S>;
   constexpr int N = kElements<S>, kWarps = 8, kPixels = 32 * N;
   using Shared = T[kBackward ? kWarps : 1][kPixels];
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(256) planes_kernel(const __grid_constant__ Mod
 }
 
 template <class S, bool kVector, bool kBackward>
-__global__ void __launch_bounds__(256) pixels_kernel(const __grid_constant__ ModulateParams p) {
+__global__ void __launch_bounds__(256, kBackward ? 2 : 3) pixels_kernel(const __grid_constant__ ModulateParams p) {
   using T = Wide<S>;
   constexpr int N = kElements<S>;
   using Shared = T[kBackward ? 256 * N : 1];
