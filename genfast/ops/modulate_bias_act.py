@@ -82,7 +82,8 @@ def modulate_bias_act(
         return _kernel(x, tensors, curve)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _composed(x, tensors, curve)
-    return _differentiable(x, tensors, curve)
+    result: Tensor = _differentiable(x, tensors, curve)
+    return result
 
 
 _Tensors = list[Tensor | None]  # b, scale, noise, post_scale, in the type of the arithmetic
@@ -150,7 +151,7 @@ class _Gradient(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         further, needs = torch.is_grad_enabled(), (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
         # Views, so that a tensor computed from another one, say scale from x, does not lead there a second time.
-        given = [
+        given: list[Any] = [
             None if t is None else t.view_as(t) if further and t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors
         ]
         dy, x, *tensors = given
