@@ -46,6 +46,11 @@ const std::vector<Kernel>& catalogue() {
        {"float32", "float64", "bfloat16", "float16"},
        "any; faster with AVX2 and AVX-512",
        "RMS or layer norm and rotary embedding of queries and keys, backward"},
+      {"modulate_bias_act",
+       "cpu",
+       {"float32", "float64", "bfloat16", "float16"},
+       "any; faster with AVX2 and AVX-512",
+       "NCHW and channels_last, backward"},
       {"upfirdn2d",
        "cpu",
        {"float32", "float64", "bfloat16", "float16"},
@@ -67,6 +72,7 @@ const std::vector<Kernel>& catalogue() {
        {"float32", "float64", "bfloat16", "float16"},
        "sm_75",
        "RMS or layer norm and rotary embedding of queries and keys, backward"},
+      {"modulate_bias_act", "cuda", {"float32", "float64", "bfloat16", "float16"}, "sm_75", "NCHW and channels_last, backward"},
       {"upfirdn2d", "cuda", {"float32", "float64", "bfloat16", "float16"}, "sm_75", "any scaling, padding and filter, separable or not"},
 #endif
   };
