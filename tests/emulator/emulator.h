@@ -52,7 +52,7 @@ struct alignas(16) uint4 {
 
 namespace gf_emulator {
 
-enum class Wait : uint8_t { kRun, kBlock, kWarp, kDone };
+enum class Wait : uint8_t { kRun, kBlock, kWarp, kCondition, kDone };
 struct Place {  // where a thread waits: two threads wait together only at one place of the source
   unsigned line = 0, column = 0;
   const char* file = "";
@@ -72,6 +72,10 @@ struct Thread {
   uint32_t mask = 0;
   Cell published{};
   std::shared_ptr<Exchange> exchange;
+  std::function<bool()> condition;                           // what it waits for
+  std::vector<std::vector<std::function<void()>>> products;  // of wgmma, by group; the last group is open
+  std::vector<const float*> sums_in_flight;                  // of each product, in their order
+  int stores = 0;                                            // bulk stores under way
   struct Fiber* fiber = nullptr;  // only while the thread has started and not ended
 };
 struct Fiber {
@@ -86,6 +90,11 @@ struct Shared {  // one __shared__ variable of the running block
   size_t size;
 };
 
+struct NamedBarrier {
+  int arrived = 0;
+  unsigned turn = 0;
+};
+
 struct Machine {
   ucontext_t scheduler{};
   std::vector<std::unique_ptr<Fiber>> fibers;  // all of them
@@ -97,6 +106,8 @@ struct Machine {
   std::function<void()> body;
   std::string error;
   std::vector<Shared> shared;
+  std::vector<std::function<void()>> copies;  // under way; they land one at a time
+  std::array<NamedBarrier, 16> named_barriers;
   size_t dynamic_bytes = 0;
   dim3 grid, block;
   uint3 block_index{};
@@ -107,6 +118,11 @@ inline Machine machine;
 
 [[noreturn]] inline void fail(const std::string& what) {
   throw std::runtime_error("emulator: " + what);
+}
+
+inline int setting(const char* name, int otherwise) {
+  const char* text = std::getenv(name);
+  return text ? std::atoi(text) : otherwise;
 }
 
 // ---- switching ------------------------------------------------------------------------------------
@@ -167,6 +183,12 @@ inline void block_here(Wait wait, const std::source_location& where, uint32_t ma
   self.mask = mask;
   self.place = {where.line(), where.column(), where.file_name()};
   to_scheduler();
+}
+
+inline void wait_until(std::function<bool()> condition, const std::source_location& where) {
+  if (condition()) return;
+  machine.current->condition = std::move(condition);
+  block_here(Wait::kCondition, where);
 }
 
 // ---- one block ------------------------------------------------------------------------------------
@@ -239,7 +261,7 @@ inline bool release_block() {
   const Thread* waiting = nullptr;
   const Thread* ended = nullptr;
   for (const Thread& t : threads) {
-    if (t.wait == Wait::kWarp || t.wait == Wait::kRun) return false;
+    if (t.wait == Wait::kWarp || t.wait == Wait::kCondition || t.wait == Wait::kRun) return false;
     (t.wait == Wait::kBlock ? waiting : ended) = &t;
   }
   if (!waiting) return false;
@@ -250,6 +272,27 @@ inline bool release_block() {
     }
   }
   for (Thread& t : threads) t.wait = Wait::kRun;
+  return true;
+}
+
+inline bool release_conditions() {
+  bool any = false;
+  for (Thread& t : machine.threads) {
+    if (t.wait != Wait::kCondition || !t.condition()) continue;
+    t.wait = Wait::kRun;
+    any = true;
+  }
+  return any;
+}
+
+// Lets one of the copies under way land, in any order.
+inline bool land(std::mt19937* random) {
+  auto& copies = machine.copies;
+  if (copies.empty()) return false;
+  const auto which = copies.begin() + (random ? (*random)() % copies.size() : 0);
+  const auto copy = std::move(*which);
+  copies.erase(which);
+  copy();
   return true;
 }
 
@@ -265,10 +308,12 @@ inline void run_block(std::mt19937* random) {
     }
     std::erase_if(m.order, [&](int i) { return m.threads[i].wait == Wait::kDone; });
     if (m.order.empty()) break;
-    const bool warps = release_warps();
-    if (!release_block() && !warps) {
+    if (random && (*random)() % 4 == 0) land(random);
+    const bool warps = release_warps(), conditions = release_conditions();
+    if (!release_block() && !warps && !conditions && !land(random)) {  // a copy is as late as it can be, or lands at random
       for (int i : m.order) {
         const Thread& t = m.threads[i];
+        if (t.wait == Wait::kCondition) fail(name_of(t) + " waits for ever at " + t.place.text());
         if (t.wait != Wait::kWarp) continue;
         char mask[16];
         std::snprintf(mask, sizeof mask, "%08x", t.mask);
@@ -276,6 +321,7 @@ inline void run_block(std::mt19937* random) {
       }
     }
   }
+  if (!m.copies.empty()) fail("the block has ended and a copy of its shared memory is still under way");
 }
 
 template <class Body>
@@ -284,8 +330,7 @@ void launch(dim3 grid, dim3 block, size_t dynamic_bytes, Body&& body) {
   if (m.current) fail("a kernel launched a kernel");
   const size_t count = size_t(block.x) * block.y * block.z;
   if (!count || count > 1024 || !grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535) fail("invalid launch configuration");
-  const char* text = std::getenv("GENFAST_EMULATOR_SEED");
-  const unsigned seed = text ? unsigned(std::atoi(text)) : 0;
+  const auto seed = unsigned(setting("GENFAST_EMULATOR_SEED", 0));
   std::mt19937 random(seed);
   std::vector<uint64_t> blocks(uint64_t(grid.x) * grid.y * grid.z);
   std::iota(blocks.begin(), blocks.end(), uint64_t{0});
@@ -299,11 +344,15 @@ void launch(dim3 grid, dim3 block, size_t dynamic_bytes, Body&& body) {
     for (uint64_t b : blocks) {
       m.block_index = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)};
       for (Shared& s : m.shared) std::memset(s.bytes.get(), 0xff, s.size);
+      m.named_barriers.fill({});
       for (unsigned i = 0; i < count; ++i) {
         Thread& t = m.threads[i];
         t.index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
         t.linear = int(i);
         t.wait = Wait::kRun;
+        t.products.assign(1, {});
+        t.sums_in_flight.clear();
+        t.stores = 0;
       }
       run_block(seed ? &random : nullptr);
     }
@@ -312,6 +361,7 @@ void launch(dim3 grid, dim3 block, size_t dynamic_bytes, Body&& body) {
     m.fibers.clear();
     m.threads.clear();
     m.shared.clear();
+    m.copies.clear();
     m.error.clear();
     m.current = nullptr;
     throw;

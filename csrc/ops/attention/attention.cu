@@ -6,6 +6,7 @@ namespace genfast {
 
 void launch_attention_bf16(const AttentionParams& p, void* stream);
 void launch_attention_f16(const AttentionParams& p, void* stream);
+bool launch_attention_hopper(const AttentionParams& p, void* stream);  // false: it was not launched
 
 namespace {
 
@@ -124,6 +125,9 @@ void launch_fma(const AttentionParams& p, void* stream) {
 
 void launch_attention_cuda(const AttentionParams& p, void* stream) {
   check(p.d <= 256, "q: got a head dimension of ", p.d, ", supported: up to 256");
+#if defined(GENFAST_HOPPER) || defined(GF_EMULATE)  // the build's architectures hold 90a
+  if (launch_attention_hopper(p, stream)) return;
+#endif
   if (p.dtype != DType::F32 && gf_device::compute_capability() >= 80) {
     return p.dtype == DType::BF16 ? launch_attention_bf16(p, stream) : launch_attention_f16(p, stream);
   }
