@@ -35,7 +35,8 @@ inline TensorMap tensor_map(const TensorExtent& t, int box_columns, int box_rows
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result{};
     const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-    check(status == cudaSuccess && result == cudaDriverEntryPointSuccess, "driver: got no cuTensorMapEncodeTiled, supported: CUDA 12 and newer");
+    check(status == cudaSuccess && result == cudaDriverEntryPointSuccess,
+          "driver: got no cuTensorMapEncodeTiled, supported: CUDA 12 and newer");
     return reinterpret_cast<Encode>(found);
   }();
   const CUtensorMapSwizzle swizzle = box_columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
@@ -47,11 +48,11 @@ inline TensorMap tensor_map(const TensorExtent& t, int box_columns, int box_rows
   const cuuint32_t box[4] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows), 1, 1}, steps[4] = {1, 1, 1, 1};
   TensorMap map;
   // Elements are moved, never read: bits are bits. 256 bytes: what the second-level cache fetches at once.
-  const CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(t.data), size, stride, box, steps,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  check(status == CUDA_SUCCESS, "tensor map: the driver refused a tensor of (", t.size[3], ", ", t.size[2], ", ", t.size[1], ", ", t.size[0],
-        ") with error ", static_cast<int>(status));
+  const CUresult status =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(t.data), size, stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  check(status == CUDA_SUCCESS, "tensor map: the driver refused a tensor of (", t.size[3], ", ", t.size[2], ", ", t.size[1], ", ",
+        t.size[0], ") with error ", static_cast<int>(status));
   return map;
 #endif
 }

@@ -7,8 +7,8 @@
 
 namespace genfast {
 
-// A matrix in shared memory, made of panels: rows of kBytes (32, 64 or 128: 16, 32 or 64 columns), swizzled over the row, in whole groups of
-// eight rows. `rows_apart`: bytes from one group of eight rows to the next. `panels_apart`: bytes from one panel to the next, where the
+// A matrix in shared memory, made of panels: rows of kBytes (32, 64 or 128: 16, 32 or 64 columns), swizzled over the row, in whole groups
+// of eight rows. `rows_apart`: bytes from one group of eight rows to the next. `panels_apart`: bytes from one panel to the next, where the
 // product runs across panels.
 template <int kBytes>
 __host__ __device__ __forceinline__ constexpr uint64_t matrix_descriptor(uint32_t address, uint32_t rows_apart, uint32_t panels_apart) {
@@ -122,11 +122,11 @@ __device__ __forceinline__ void wgmma(float (&sums)[kColumns / 2], uint64_t a, u
   gf_emulator::wgmma(sums, kColumns, nullptr, a, b, keep, widen_bits<S>, std::source_location::current());
 #else
   const int kept = keep;
-#define GF_SHAPE(n, count, r0, r1, r2, r3, r4, r5)                                            \
-  if constexpr (kColumns == n && std::is_same_v<S, BFloat16>) {                               \
-    GF_PRODUCT(n, count, "bf16", r0, r1, r2, "0, 0", "l"(a), "l"(b), "r"(kept));              \
-  } else if constexpr (kColumns == n) {                                                       \
-    GF_PRODUCT(n, count, "f16", r0, r1, r2, "0, 0", "l"(a), "l"(b), "r"(kept));               \
+#define GF_SHAPE(n, count, r0, r1, r2, r3, r4, r5)                               \
+  if constexpr (kColumns == n && std::is_same_v<S, BFloat16>) {                  \
+    GF_PRODUCT(n, count, "bf16", r0, r1, r2, "0, 0", "l"(a), "l"(b), "r"(kept)); \
+  } else if constexpr (kColumns == n) {                                          \
+    GF_PRODUCT(n, count, "f16", r0, r1, r2, "0, 0", "l"(a), "l"(b), "r"(kept));  \
   }
   GF_SHAPES(GF_SHAPE)
 #undef GF_SHAPE
@@ -140,11 +140,11 @@ __device__ __forceinline__ void wgmma(float (&sums)[kColumns / 2], const uint32_
   gf_emulator::wgmma(sums, kColumns, a, 0, b, keep, widen_bits<S>, std::source_location::current());
 #else
   const int kept = keep;
-#define GF_SHAPE(n, count, r0, r1, r2, r3, r4, r5)                                                             \
-  if constexpr (kColumns == n && std::is_same_v<S, BFloat16>) {                                                \
-    GF_PRODUCT(n, count, "bf16", "{" r0 "," r1 "," r2 "," r3 "}", r4, r5, "1", GF_REGISTERS);                  \
-  } else if constexpr (kColumns == n) {                                                                        \
-    GF_PRODUCT(n, count, "f16", "{" r0 "," r1 "," r2 "," r3 "}", r4, r5, "1", GF_REGISTERS);                   \
+#define GF_SHAPE(n, count, r0, r1, r2, r3, r4, r5)                                            \
+  if constexpr (kColumns == n && std::is_same_v<S, BFloat16>) {                               \
+    GF_PRODUCT(n, count, "bf16", "{" r0 "," r1 "," r2 "," r3 "}", r4, r5, "1", GF_REGISTERS); \
+  } else if constexpr (kColumns == n) {                                                       \
+    GF_PRODUCT(n, count, "f16", "{" r0 "," r1 "," r2 "," r3 "}", r4, r5, "1", GF_REGISTERS);  \
   }
   GF_SHAPES(GF_SHAPE)
 #undef GF_SHAPE

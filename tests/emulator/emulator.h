@@ -76,7 +76,7 @@ struct Thread {
   std::vector<std::vector<std::function<void()>>> products;  // of wgmma, by group; the last group is open
   std::vector<const float*> sums_in_flight;                  // of each product, in their order
   int stores = 0;                                            // bulk stores under way
-  struct Fiber* fiber = nullptr;  // only while the thread has started and not ended
+  struct Fiber* fiber = nullptr;                             // only while the thread has started and not ended
 };
 struct Fiber {
   static constexpr size_t kStack = 128 * 1024;
@@ -107,6 +107,7 @@ struct Machine {
   std::string error;
   std::vector<Shared> shared;
   std::vector<std::function<void()>> copies;  // under way; they land one at a time
+  std::mt19937* random = nullptr;             // with a seed
   std::array<NamedBarrier, 16> named_barriers;
   size_t dynamic_bytes = 0;
   dim3 grid, block;
@@ -285,32 +286,40 @@ inline bool release_conditions() {
   return any;
 }
 
-// Lets one of the copies under way land, in any order.
-inline bool land(std::mt19937* random) {
+inline bool perhaps() {  // one time in four, with a seed
+  return machine.random && (*machine.random)() % 4 == 0;
+}
+
+// Something that happens beside the threads: when nothing else can go on; or, with a seed, at once or at any other time, in any order.
+inline void start(std::function<void()> copy) {
+  if (perhaps()) return copy();
+  machine.copies.push_back(std::move(copy));
+}
+inline bool land() {
   auto& copies = machine.copies;
   if (copies.empty()) return false;
-  const auto which = copies.begin() + (random ? (*random)() % copies.size() : 0);
+  const auto which = copies.begin() + (machine.random ? (*machine.random)() % copies.size() : 0);
   const auto copy = std::move(*which);
   copies.erase(which);
   copy();
   return true;
 }
 
-inline void run_block(std::mt19937* random) {
+inline void run_block() {
   Machine& m = machine;
   m.order.resize(m.threads.size());
   std::iota(m.order.begin(), m.order.end(), 0);
   while (!m.order.empty()) {
-    if (random) std::shuffle(m.order.begin(), m.order.end(), *random);
+    if (m.random) std::shuffle(m.order.begin(), m.order.end(), *m.random);
     for (m.next = 0; m.next < m.order.size();) {
       Thread& thread = m.threads[m.order[m.next++]];
       if (thread.wait == Wait::kRun) run_thread(thread);
     }
     std::erase_if(m.order, [&](int i) { return m.threads[i].wait == Wait::kDone; });
     if (m.order.empty()) break;
-    if (random && (*random)() % 4 == 0) land(random);
+    if (perhaps()) land();
     const bool warps = release_warps(), conditions = release_conditions();
-    if (!release_block() && !warps && !conditions && !land(random)) {  // a copy is as late as it can be, or lands at random
+    if (!release_block() && !warps && !conditions && !land()) {
       for (int i : m.order) {
         const Thread& t = m.threads[i];
         if (t.wait == Wait::kCondition) fail(name_of(t) + " waits for ever at " + t.place.text());
@@ -339,6 +348,7 @@ void launch(dim3 grid, dim3 block, size_t dynamic_bytes, Body&& body) {
   m.block = block;
   m.body = std::forward<Body>(body);
   m.dynamic_bytes = dynamic_bytes;
+  m.random = seed ? &random : nullptr;
   m.threads.resize(count);
   try {
     for (uint64_t b : blocks) {
@@ -354,7 +364,7 @@ void launch(dim3 grid, dim3 block, size_t dynamic_bytes, Body&& body) {
         t.sums_in_flight.clear();
         t.stores = 0;
       }
-      run_block(seed ? &random : nullptr);
+      run_block();
     }
   } catch (...) {  // suspended fibers are dropped, with whatever stood on their stacks
     m.idle.clear();

@@ -96,11 +96,11 @@ def _mutated(file: str, text: str, replacement: str) -> Path:
     return folder
 
 
-def self_test(*, sanitize: bool = False) -> Path:
-    """The program of self_test.cu."""
+def self_test(*, sanitize: bool = False, program: str = "self_test") -> Path:
+    """The program of self_test.cu or hopper_self_test.cu."""
     flags = [*FLAGS, *(SANITIZE if sanitize else [])]
-    name = "-".join(filter(None, ["self_test", "asan" * sanitize]))
-    return _build(name, [(ROOT / "tests/emulator/self_test.cu", [])], [], flags)
+    name = "-".join(filter(None, [program, "asan" * sanitize]))
+    return _build(name, [(ROOT / f"tests/emulator/{program}.cu", [])], [], flags)
 
 
 def asan_runtime() -> Path:

@@ -1,6 +1,6 @@
-// Twins of sm_90a's asynchronous instructions, as late as the instruction set allows: a bulk copy lands when nothing else can go on (or, with
-// a seed, at random), and a wgmma reads its operands and writes its sums only when its group is waited for. Until then the sums hold
-// NaN. So a missing wait and a slot released too early give wrong numbers. csrc/core/ptx_hopper.cuh
+// Twins of sm_90a's asynchronous instructions, as late as the instruction set allows: a bulk copy lands, and a wgmma reads its operands,
+// when nothing else can go on; with a seed, at any time between its issue and its wait. Sums hold NaN until they are waited for. So a
+// missing wait and a slot released too early give wrong numbers. csrc/core/ptx_hopper.cuh
 // and wgmma.cuh include this.
 #pragma once
 #include "emulator.h"
@@ -22,7 +22,8 @@ inline uint32_t shared_address(const void* p) {
 }
 inline uint16_t* shared_at(uint32_t address) {
   const Shared& s = dynamic_shared();
-  if (address < kSharedBase || address + 2 > kSharedBase + s.size || address % 2) fail("no shared memory at address " + std::to_string(address));
+  if (address < kSharedBase || address + 2 > kSharedBase + s.size || address % 2)
+    fail("no shared memory at address " + std::to_string(address));
   return reinterpret_cast<uint16_t*>(s.bytes.get() + (address - kSharedBase));
 }
 
@@ -110,7 +111,7 @@ void for_box(uint32_t shared, const TensorMap& map, const std::array<int, 4>& at
   }
 }
 inline void tensor_load(uint32_t shared, const TensorMap& map, std::array<int, 4> at, uint64_t* barrier) {
-  machine.copies.push_back([=] {
+  start([=] {
     for_box(shared, map, at, [](const uint16_t* global, uint16_t* local) { *local = global ? *global : uint16_t{0}; });
     mbarrier_count(barrier, 0, -map.columns * map.rows * 2);
   });
@@ -118,7 +119,7 @@ inline void tensor_load(uint32_t shared, const TensorMap& map, std::array<int, 4
 inline void tensor_store(uint32_t shared, const TensorMap& map, std::array<int, 4> at) {
   Thread* self = machine.current;
   ++self->stores;
-  machine.copies.push_back([=] {
+  start([=] {
     for_box(shared, map, at, [](uint16_t* global, const uint16_t* local) {
       if (global) *global = *local;
     });
@@ -171,9 +172,8 @@ inline void wgmma(float* sums, int columns, const uint32_t* registers, uint64_t 
   }
   self.sums_in_flight.push_back(sums);
   const bool in_registers = registers;
-  self.products.back().push_back([=, before = std::move(before), &self] {
-    std::copy(before.begin(), before.end(), sums);
-    self.sums_in_flight.erase(self.sums_in_flight.begin());
+  auto products = std::make_shared<std::vector<float>>();
+  const auto multiply = [=] {
     const Matrix right(b);
     float row[2][16];
     for (int h = 0; h < 2; ++h) {
@@ -182,6 +182,7 @@ inline void wgmma(float* sums, int columns, const uint32_t* registers, uint64_t 
         row[h][k] = widen(in_registers ? uint16_t(word >> 16 * (k % 2)) : Matrix(a).along(first_row + 8 * h, k));
       }
     }
+    products->resize(columns / 2);
     for (int i = 0; i < columns / 2; i += 4) {
       for (int e = 0; e < 2; ++e) {
         const int column = 2 * i + 2 * t + e;
@@ -190,20 +191,31 @@ inline void wgmma(float* sums, int columns, const uint32_t* registers, uint64_t 
           const float value = widen(in_registers ? right.across(k, column) : right.along(column, k));
           for (int h = 0; h < 2; ++h) total[h] += row[h][k] * value;
         }
-        for (int h = 0; h < 2; ++h) sums[i + 2 * h + e] = (keep ? sums[i + 2 * h + e] : 0.0f) + total[h];
+        for (int h = 0; h < 2; ++h) (*products)[i + 2 * h + e] = total[h];
       }
     }
+  };
+  if (perhaps()) multiply();
+  self.products.back().push_back([=, before = std::move(before), &self] {
+    if (products->empty()) multiply();
+    std::copy(before.begin(), before.end(), sums);
+    for (int i = 0; i < columns / 2; ++i) sums[i] = (keep ? sums[i] : 0.0f) + (*products)[i];
+    self.sums_in_flight.erase(self.sums_in_flight.begin());
   });
 }
 inline void wgmma_commit() {
   machine.current->products.emplace_back();
 }
 inline void wgmma_wait(int groups, const std::source_location& where) {
-  auto& products = machine.current->products;  // the open group is not waited for
-  while (int(products.size()) - 1 > groups) {
-    for (const auto& product : products.front()) product();
-    products.erase(products.begin());
-  }
+  Thread& self = *machine.current;  // its open group is not waited for
+  auto done = std::make_shared<bool>(false);
+  start([&self, groups, done] {
+    for (; int(self.products.size()) - 1 > groups; self.products.erase(self.products.begin())) {
+      for (const auto& product : self.products.front()) product();
+    }
+    *done = true;
+  });
+  wait_until([done] { return *done; }, where);
   exchange(~0u, 0, where, [](auto) { return 0; });  // a warp waits as one
 }
 

@@ -153,7 +153,7 @@ def test_a_sample_alone_equals_the_sample_in_a_batch(emulated: Any) -> None:
 
 def run_these_files(library: dict[str, str], preload: str = "", only: str = "") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **library, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
-    files = [__file__, str(Path(__file__).with_name("test_emulator_attention.py"))]
+    files = [__file__, *(str(Path(__file__).with_name(f"test_emulator_{what}.py")) for what in ("attention", "hopper"))]
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", only, *files]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
 

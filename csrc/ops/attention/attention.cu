@@ -1,12 +1,12 @@
 // Attention on CUDA: which kernel runs, and the one for what the tensor cores do not take: float32, and every dtype before sm_80. It
 // multiplies and adds in float32 (FMA, no TF32): 32 queries of a head against 32 keys at a time, 8 threads to a row.
+#include "attention_hopper.h"
 #include "attention_tile.cuh"
 
 namespace genfast {
 
 void launch_attention_bf16(const AttentionParams& p, void* stream);
 void launch_attention_f16(const AttentionParams& p, void* stream);
-bool launch_attention_hopper(const AttentionParams& p, void* stream);  // false: it was not launched
 
 namespace {
 

@@ -10,8 +10,8 @@ namespace {
 // Widths of head the kernel is compiled for; a narrower head, a multiple of 8, reads zeros beyond its columns.
 constexpr int kHopperWidths[] = {64, 80, 96, 128, 160, 192, 256};
 
-// One block: `groups` x 64 queries against `keys` keys at a time. A tile of keys or of values takes a slot of the ring, in panels of `panel`
-// columns (64, 32 or 16: rows of 128, 64 or 32 bytes in shared memory).
+// One block: `groups` x 64 queries against `keys` keys at a time. A tile of keys or of values takes a slot of the ring, in panels of
+// `panel` columns (64, 32 or 16: rows of 128, 64 or 32 bytes in shared memory).
 struct HopperTile {
   int groups, keys, slots, panel;
   constexpr int queries() const { return 64 * groups; }
@@ -58,8 +58,9 @@ struct HopperMaps {
   TensorMap q, k, v, o;
 };
 
-// The order of work. A unit is one block of queries of one head. Units of `together` heads, whose keys and values fit in the second-level cache,
-// follow one another, the longest first; block c of G takes units c, 2 G - 1 - c, 2 G + c ...: a wave forwards, the next one backwards.
+// The order of work. A unit is one block of queries of one head. Units of `together` heads, whose keys and values fit in the second-level
+// cache, follow one another, the longest first; block c of G takes units c, 2 G - 1 - c, 2 G + c ...: a wave forwards, the next one
+// backwards.
 struct HopperOrder {
   int blocks, heads, together;
 
@@ -96,8 +97,8 @@ __device__ __forceinline__ uint32_t pack16(float low, float high) {
 // kTerms: there is a bias or a mask.
 template <class S, int kWidth, bool kTerms>
 __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
-    hopper_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ HopperMaps maps, const __grid_constant__ HopperOrder order,
-                  const __grid_constant__ AttentionAccess wide) {
+    hopper_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ HopperMaps maps,
+                  const __grid_constant__ HopperOrder order, const __grid_constant__ AttentionAccess wide) {
   constexpr HopperTile kTile = hopper_tile(kWidth, kTerms);
   constexpr int kGroups = kTile.groups, kQueries = kTile.queries(), kKeys = kTile.keys, kPanel = kTile.panel, kRow = 2 * kPanel;
   constexpr int kPanels = (kWidth + kPanel - 1) / kPanel, kSlotBytes = hopper_bytes(kTile, kWidth, kKeys);
@@ -368,7 +369,8 @@ void launch_hopper_as(const AttentionParams& p, void* stream) {
                         hopper_map(p.o, p.o_at, p.d, p.n, p.heads, p.batch, kTile.panel, 64)};
   constexpr int64_t kCacheBytes = 32 << 20;  // of the 50 MB that the card has
   const int64_t heads = p.heads * p.batch, blocks = (p.n + kTile.queries() - 1) / kTile.queries(), shared = p.heads / p.kv_heads;
-  check(blocks * heads < (int64_t{1} << 30), "q: got ", blocks * heads, " blocks of ", kTile.queries(), " queries, supported: fewer than 2^30");
+  check(blocks * heads < (int64_t{1} << 30), "q: got ", blocks * heads, " blocks of ", kTile.queries(),
+        " queries, supported: fewer than 2^30");
   const int64_t kept = kCacheBytes / (4 * p.m * p.d) * shared, together = kept < shared ? shared : kept < heads ? kept : heads;
   const HopperOrder order{static_cast<int>(blocks), static_cast<int>(heads), static_cast<int>(together)};
   const int processors = gf_device::multiprocessors(), grid = order.units() < processors ? order.units() : processors;
