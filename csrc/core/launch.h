@@ -25,10 +25,10 @@
 
 namespace gf_device {
 inline int compute_capability() {
-  return 80;
+  return gf_emulator::setting("GENFAST_EMULATOR_CAPABILITY", 80);
 }
 inline int multiprocessors() {
-  return 1;
+  return gf_emulator::setting("GENFAST_EMULATOR_MULTIPROCESSORS", 1);
 }
 }  // namespace gf_device
 #else

@@ -52,7 +52,7 @@ struct alignas(16) uint4 {
 
 namespace gf_emulator {
 
-enum class Wait : uint8_t { kRun, kBlock, kWarp, kDone };
+enum class Wait : uint8_t { kRun, kBlock, kWarp, kCondition, kDone };
 struct Place {  // where a thread waits: two threads wait together only at one place of the source
   unsigned line = 0, column = 0;
   const char* file = "";
@@ -72,7 +72,11 @@ struct Thread {
   uint32_t mask = 0;
   Cell published{};
   std::shared_ptr<Exchange> exchange;
-  struct Fiber* fiber = nullptr;  // only while the thread has started and not ended
+  std::function<bool()> condition;                           // what it waits for
+  std::vector<std::vector<std::function<void()>>> products;  // of wgmma, by group; the last group is open
+  std::vector<const float*> sums_in_flight;                  // of each product, in their order
+  int stores = 0;                                            // bulk stores under way
+  struct Fiber* fiber = nullptr;                             // only while the thread has started and not ended
 };
 struct Fiber {
   static constexpr size_t kStack = 128 * 1024;
@@ -86,6 +90,11 @@ struct Shared {  // one __shared__ variable of the running block
   size_t size;
 };
 
+struct NamedBarrier {
+  int arrived = 0;
+  unsigned turn = 0;
+};
+
 struct Machine {
   ucontext_t scheduler{};
   std::vector<std::unique_ptr<Fiber>> fibers;  // all of them
@@ -97,6 +106,9 @@ struct Machine {
   std::function<void()> body;
   std::string error;
   std::vector<Shared> shared;
+  std::vector<std::function<void()>> copies;  // under way; they land one at a time
+  std::mt19937* random = nullptr;             // with a seed
+  std::array<NamedBarrier, 16> named_barriers;
   size_t dynamic_bytes = 0;
   dim3 grid, block;
   uint3 block_index{};
@@ -107,6 +119,11 @@ inline Machine machine;
 
 [[noreturn]] inline void fail(const std::string& what) {
   throw std::runtime_error("emulator: " + what);
+}
+
+inline int setting(const char* name, int otherwise) {
+  const char* text = std::getenv(name);
+  return text ? std::atoi(text) : otherwise;
 }
 
 // ---- switching ------------------------------------------------------------------------------------
@@ -167,6 +184,12 @@ inline void block_here(Wait wait, const std::source_location& where, uint32_t ma
   self.mask = mask;
   self.place = {where.line(), where.column(), where.file_name()};
   to_scheduler();
+}
+
+inline void wait_until(std::function<bool()> condition, const std::source_location& where) {
+  if (condition()) return;
+  machine.current->condition = std::move(condition);
+  block_here(Wait::kCondition, where);
 }
 
 // ---- one block ------------------------------------------------------------------------------------
@@ -239,7 +262,7 @@ inline bool release_block() {
   const Thread* waiting = nullptr;
   const Thread* ended = nullptr;
   for (const Thread& t : threads) {
-    if (t.wait == Wait::kWarp || t.wait == Wait::kRun) return false;
+    if (t.wait == Wait::kWarp || t.wait == Wait::kCondition || t.wait == Wait::kRun) return false;
     (t.wait == Wait::kBlock ? waiting : ended) = &t;
   }
   if (!waiting) return false;
@@ -253,22 +276,53 @@ inline bool release_block() {
   return true;
 }
 
-inline void run_block(std::mt19937* random) {
+inline bool release_conditions() {
+  bool any = false;
+  for (Thread& t : machine.threads) {
+    if (t.wait != Wait::kCondition || !t.condition()) continue;
+    t.wait = Wait::kRun;
+    any = true;
+  }
+  return any;
+}
+
+inline bool perhaps() {  // one time in four, with a seed
+  return machine.random && (*machine.random)() % 4 == 0;
+}
+
+// Something that happens beside the threads: when nothing else can go on; or, with a seed, at once or at any other time, in any order.
+inline void start(std::function<void()> copy) {
+  if (perhaps()) return copy();
+  machine.copies.push_back(std::move(copy));
+}
+inline bool land() {
+  auto& copies = machine.copies;
+  if (copies.empty()) return false;
+  const auto which = copies.begin() + (machine.random ? (*machine.random)() % copies.size() : 0);
+  const auto copy = std::move(*which);
+  copies.erase(which);
+  copy();
+  return true;
+}
+
+inline void run_block() {
   Machine& m = machine;
   m.order.resize(m.threads.size());
   std::iota(m.order.begin(), m.order.end(), 0);
   while (!m.order.empty()) {
-    if (random) std::shuffle(m.order.begin(), m.order.end(), *random);
+    if (m.random) std::shuffle(m.order.begin(), m.order.end(), *m.random);
     for (m.next = 0; m.next < m.order.size();) {
       Thread& thread = m.threads[m.order[m.next++]];
       if (thread.wait == Wait::kRun) run_thread(thread);
     }
     std::erase_if(m.order, [&](int i) { return m.threads[i].wait == Wait::kDone; });
     if (m.order.empty()) break;
-    const bool warps = release_warps();
-    if (!release_block() && !warps) {
+    if (perhaps()) land();
+    const bool warps = release_warps(), conditions = release_conditions();
+    if (!release_block() && !warps && !conditions && !land()) {
       for (int i : m.order) {
         const Thread& t = m.threads[i];
+        if (t.wait == Wait::kCondition) fail(name_of(t) + " waits for ever at " + t.place.text());
         if (t.wait != Wait::kWarp) continue;
         char mask[16];
         std::snprintf(mask, sizeof mask, "%08x", t.mask);
@@ -276,6 +330,7 @@ inline void run_block(std::mt19937* random) {
       }
     }
   }
+  if (!m.copies.empty()) fail("the block has ended and a copy of its shared memory is still under way");
 }
 
 template <class Body>
@@ -284,8 +339,7 @@ void launch(dim3 grid, dim3 block, size_t dynamic_bytes, Body&& body) {
   if (m.current) fail("a kernel launched a kernel");
   const size_t count = size_t(block.x) * block.y * block.z;
   if (!count || count > 1024 || !grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535) fail("invalid launch configuration");
-  const char* text = std::getenv("GENFAST_EMULATOR_SEED");
-  const unsigned seed = text ? unsigned(std::atoi(text)) : 0;
+  const auto seed = unsigned(setting("GENFAST_EMULATOR_SEED", 0));
   std::mt19937 random(seed);
   std::vector<uint64_t> blocks(uint64_t(grid.x) * grid.y * grid.z);
   std::iota(blocks.begin(), blocks.end(), uint64_t{0});
@@ -294,24 +348,30 @@ void launch(dim3 grid, dim3 block, size_t dynamic_bytes, Body&& body) {
   m.block = block;
   m.body = std::forward<Body>(body);
   m.dynamic_bytes = dynamic_bytes;
+  m.random = seed ? &random : nullptr;
   m.threads.resize(count);
   try {
     for (uint64_t b : blocks) {
       m.block_index = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)};
       for (Shared& s : m.shared) std::memset(s.bytes.get(), 0xff, s.size);
+      m.named_barriers.fill({});
       for (unsigned i = 0; i < count; ++i) {
         Thread& t = m.threads[i];
         t.index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
         t.linear = int(i);
         t.wait = Wait::kRun;
+        t.products.assign(1, {});
+        t.sums_in_flight.clear();
+        t.stores = 0;
       }
-      run_block(seed ? &random : nullptr);
+      run_block();
     }
   } catch (...) {  // suspended fibers are dropped, with whatever stood on their stacks
     m.idle.clear();
     m.fibers.clear();
     m.threads.clear();
     m.shared.clear();
+    m.copies.clear();
     m.error.clear();
     m.current = nullptr;
     throw;

@@ -15,8 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "emulator"
-OPS = ["noise", "solver_step", "bias_act", "upfirdn2d", "bn_act", "attention", "qknorm_rope"]
-OPS = ["noise", "solver_step", "bias_act", "upfirdn2d", "bn_act", "modulate_bias_act", "attention"]
+OPS = ["noise", "solver_step", "bias_act", "upfirdn2d", "bn_act", "attention", "qknorm_rope", "modulate_bias_act"]
 # -ffp-contract=off: the bits are specified. -fno-strict-aliasing: kernels read arrays through vector types, as CUDA lets them.
 FLAGS = [
     *("-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing"),
@@ -97,11 +96,11 @@ def _mutated(file: str, text: str, replacement: str) -> Path:
     return folder
 
 
-def self_test(*, sanitize: bool = False) -> Path:
-    """The program of self_test.cu."""
+def self_test(*, sanitize: bool = False, program: str = "self_test") -> Path:
+    """The program of self_test.cu or hopper_self_test.cu."""
     flags = [*FLAGS, *(SANITIZE if sanitize else [])]
-    name = "-".join(filter(None, ["self_test", "asan" * sanitize]))
-    return _build(name, [(ROOT / "tests/emulator/self_test.cu", [])], [], flags)
+    name = "-".join(filter(None, [program, "asan" * sanitize]))
+    return _build(name, [(ROOT / f"tests/emulator/{program}.cu", [])], [], flags)
 
 
 def asan_runtime() -> Path:

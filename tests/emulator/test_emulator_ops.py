@@ -153,7 +153,7 @@ def test_a_sample_alone_equals_the_sample_in_a_batch(emulated: Any) -> None:
 
 def run_these_files(library: dict[str, str], preload: str = "", only: str = "") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **library, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
-    files = [__file__, *map(str, sorted(Path(__file__).parent.glob("test_emulator_attention*.py")))]
+    files = [str(f) for f in sorted(Path(__file__).parent.glob("test_emulator_*.py")) if f.name != "test_emulator_self.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", only, *files]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
 

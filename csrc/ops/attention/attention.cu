@@ -1,5 +1,6 @@
 // Attention on CUDA: which kernel runs, and the one for what the tensor cores do not take: float32, and every dtype before sm_80. It
 // multiplies and adds in float32 (FMA, no TF32): 32 queries of a head against 32 keys at a time, 8 threads to a row.
+#include "attention_hopper.h"
 #include "attention_tile.cuh"
 
 namespace genfast {
@@ -124,6 +125,9 @@ void launch_fma(const AttentionParams& p, void* stream) {
 
 void launch_attention_cuda(const AttentionParams& p, void* stream) {
   check(p.d <= 256, "q: got a head dimension of ", p.d, ", supported: up to 256");
+#if defined(GENFAST_HOPPER) || defined(GF_EMULATE)  // the build's architectures hold 90a
+  if (launch_attention_hopper(p, stream)) return;
+#endif
   if (p.dtype != DType::F32 && gf_device::compute_capability() >= 80) {
     return p.dtype == DType::BF16 ? launch_attention_bf16(p, stream) : launch_attention_f16(p, stream);
   }

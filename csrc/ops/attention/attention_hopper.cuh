@@ -1,0 +1,391 @@
+// The forward pass on Hopper (sm_90a): bulk tensor copies by one warp, wgmma by two or three warpgroups of 64 queries each, the softmax of
+// one tile of keys beside the products of the next (Shah et al. 2024). docs/attention-hopper.md.
+#pragma once
+#include "../../core/wgmma.cuh"
+#include "attention_tile.cuh"
+
+namespace genfast {
+namespace {
+
+// Widths of head the kernel is compiled for; a narrower head, a multiple of 8, reads zeros beyond its columns.
+constexpr int kHopperWidths[] = {64, 80, 96, 128, 160, 192, 256};
+
+// One block: `groups` x 64 queries against `keys` keys at a time. A tile of keys or of values takes a slot of the ring, in panels of
+// `panel` columns (64, 32 or 16: rows of 128, 64 or 32 bytes in shared memory).
+struct HopperTile {
+  int groups, keys, slots, panel;
+  constexpr int queries() const { return 64 * groups; }
+  constexpr int threads() const { return 128 * (groups + 1); }
+};
+
+// The tile table. Keys: outputs (width / 2 registers a thread), scores (keys / 2) and weights (keys / 4) fit beside some 40 others in 240
+// registers with two groups, in 160 with three; four slots and the queries in 227 KiB.
+constexpr HopperTile hopper_tile(int width, bool terms) {
+  switch (width) {
+    case 64:
+      return {3, terms ? 80 : 128, 4, 64};
+    case 80:
+      return {3, terms ? 80 : 112, 4, 64};
+    case 96:
+      return {3, terms ? 64 : 112, 4, 32};
+    case 128:
+      return {2, terms ? 128 : 176, 4, 64};
+    case 160:
+      return {2, terms ? 112 : 144, 4, 32};
+    case 192:
+      return {2, terms ? 96 : 112, 4, 64};
+    default:
+      return {2, terms ? 64 : 80, 4, 64};
+  }
+}
+
+// Registers of a thread that computes; what the producer's threads give up goes to these.
+constexpr int hopper_registers(HopperTile tile) {
+  return tile.groups == 2 ? 240 : 160;
+}
+constexpr int kProducerRegisters = 24;
+
+// Bytes in shared memory of `rows` rows: whole panels.
+constexpr int hopper_bytes(HopperTile tile, int width, int rows) {
+  return (width + tile.panel - 1) / tile.panel * tile.panel * rows * 2;
+}
+// Queries, ring, barriers, and what it takes to begin at a multiple of 1024, where swizzling patterns begin.
+constexpr int hopper_shared_bytes(HopperTile tile, int width) {
+  return hopper_bytes(tile, width, tile.queries()) + tile.slots * hopper_bytes(tile, width, tile.keys) + (2 * tile.slots + 2) * 8 + 1024;
+}
+
+struct HopperMaps {
+  TensorMap q, k, v, o;
+};
+
+// The order of work. A unit is one block of queries of one head. Units of `together` heads, whose keys and values fit in the second-level
+// cache, follow one another, the longest first; block c of G takes units c, 2 G - 1 - c, 2 G + c ...: a wave forwards, the next one
+// backwards.
+struct HopperOrder {
+  int blocks, heads, together;
+
+  __host__ __device__ int units() const { return blocks * heads; }
+  // Which unit comes in this wave; units() or more: none.
+  __host__ __device__ int unit(int wave, int block, int grid) const { return wave * grid + (wave % 2 ? grid - 1 - block : block); }
+  __device__ QueryBlock at(const AttentionParams& p, int unit, int queries) const {
+    const int section = unit / (blocks * together), first = section * together, rest = unit - first * blocks;
+    const int size = heads - first < together ? heads - first : together;
+    const int head = first + rest % size, block = blocks - 1 - rest / size;
+    QueryBlock at;
+    at.head = head % static_cast<int>(p.heads);
+    at.batch = head / static_cast<int>(p.heads);
+    at.kv_head = at.head / static_cast<int>(p.heads / p.kv_heads);
+    at.first = static_cast<int64_t>(block) * queries;
+    at.rows = p.n - at.first < queries ? static_cast<int>(p.n - at.first) : queries;
+    return at;
+  }
+};
+
+// A place in the ring and the parity of its present turn.
+template <int kSlots>
+struct RingPlace {
+  int slot = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ RingPlace next() const { return slot + 1 < kSlots ? RingPlace{slot + 1, parity} : RingPlace{0, parity ^ 1}; }
+};
+
+template <class S>
+__device__ __forceinline__ uint32_t pack16(float low, float high) {
+  return std::is_same_v<S, BFloat16> ? pack_bf16x2(low, high) : pack_f16x2(low, high);
+}
+
+// kTerms: there is a bias or a mask.
+template <class S, int kWidth, bool kTerms>
+__global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
+    hopper_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ HopperMaps maps,
+                  const __grid_constant__ HopperOrder order, const __grid_constant__ AttentionAccess wide) {
+  constexpr HopperTile kTile = hopper_tile(kWidth, kTerms);
+  constexpr int kGroups = kTile.groups, kQueries = kTile.queries(), kKeys = kTile.keys, kPanel = kTile.panel, kRow = 2 * kPanel;
+  constexpr int kPanels = (kWidth + kPanel - 1) / kPanel, kSlotBytes = hopper_bytes(kTile, kWidth, kKeys);
+  constexpr int kQueryPanel = kQueries * kRow, kKeyPanel = kKeys * kRow;  // bytes of one panel
+  using Place = RingPlace<kTile.slots>;
+
+  GF_DYNAMIC_SHARED(unsigned char, memory);
+  unsigned char* const queries = memory + (0u - shared_address(memory)) % 1024;  // later the outputs
+  unsigned char* const ring = queries + hopper_bytes(kTile, kWidth, kQueries);
+  uint64_t* const full = reinterpret_cast<uint64_t*>(ring + kTile.slots * kSlotBytes);  // of each slot: it has landed
+  uint64_t* const empty = full + kTile.slots;                                           // each warp that computes has used it
+  uint64_t* const queries_full = empty + kTile.slots;
+  uint64_t* const queries_empty = queries_full + 1;
+
+  const int role = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);  // the same in all lanes, and the compiler knows
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kTile.slots; ++i) {
+      mbarrier_init(full + i, 1);
+      mbarrier_init(empty + i, 4 * kGroups);
+    }
+    mbarrier_init(queries_full, 1);
+    mbarrier_init(queries_empty, kGroups);
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  const int grid = static_cast<int>(gridDim.x), units = order.units();
+  // One tile at least: of a block that sees no key all scores are -inf.
+  const auto tiles_of = [&](const QueryBlock& at) {
+    const int tiles = static_cast<int>((visible_keys(p, at) + kKeys - 1) / kKeys);
+    return tiles > 0 ? tiles : 1;
+  };
+
+  if (role == 0) {
+    // ---- the producer: keys and values in the order of their use, K0 K1 V0 K2 V1 ..., from the last tile to the first ----
+    registers_down_to<kProducerRegisters>();
+    if (threadIdx.x != 0) return;
+    tensor_prefetch(maps.q);
+    tensor_prefetch(maps.k);
+    tensor_prefetch(maps.v);
+    tensor_prefetch(maps.o);
+    Place place;
+    uint32_t parity = 0;  // of the queries' present turn
+    for (int wave = 0; wave * grid < units; ++wave) {
+      const int unit = order.unit(wave, static_cast<int>(blockIdx.x), grid);
+      if (unit >= units) break;
+      const QueryBlock at = order.at(p, unit, kQueries);
+      const int tiles = tiles_of(at);
+      const auto load = [&](const TensorMap& map, int tile) {
+        mbarrier_wait(empty + place.slot, place.parity ^ 1);
+        mbarrier_arrive_expecting(full + place.slot, kSlotBytes);
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel) {
+          tensor_load(ring + place.slot * kSlotBytes + panel * kKeyPanel, map, panel * kPanel, tile * kKeys, at.kv_head, at.batch,
+                      full + place.slot);
+        }
+        place = place.next();
+      };
+      load(maps.k, tiles - 1);
+      mbarrier_wait(queries_empty, parity ^ 1);
+      mbarrier_arrive_expecting(queries_full, hopper_bytes(kTile, kWidth, kQueries));
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel) {
+        tensor_load(queries + panel * kQueryPanel, maps.q, panel * kPanel, static_cast<int>(at.first), at.head, at.batch, queries_full);
+      }
+      parity ^= 1;
+      for (int tile = tiles - 2; tile >= 0; --tile) {
+        load(maps.k, tile);
+        load(maps.v, tile + 1);
+      }
+      load(maps.v, 0);
+    }
+  } else {
+    // ---- a group that computes: rows [64 group, 64 group + 64) of the block ----
+    registers_up_to<hopper_registers(kTile)>();
+    const int group = role - 1, thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, t = lane % 4;
+    const int row = 64 * group + thread / 32 * 16 + lane / 4;  // and row + 8
+    const float factor = p.scale * kLog2e;                     // scores in powers of two; positive: hopper_serves()
+    const float late = kTerms ? 1.0f : factor;                 // applied on the way into the exponential
+    const uint64_t from_queries = matrix_descriptor<kRow>(shared_address(queries) + group * 64 * kRow, 8 * kRow, 0);
+    const uint64_t from_keys = matrix_descriptor<kRow>(shared_address(ring), 8 * kRow, 0);
+    const uint64_t from_values = matrix_descriptor<kRow>(shared_address(ring), 8 * kRow, kKeyPanel);
+
+    float out[kWidth / 2], score[kKeys / 2], most[2], sum[2], shrink[2];
+    uint32_t weight[kKeys / 4];
+    Place place;
+    uint32_t parity = 0;
+    // Descriptors count in units of 16 bytes.
+    const auto multiply_keys = [&](int slot) {
+      wgmma_fence();
+#pragma unroll
+      for (int s = 0; s < kWidth / 16; ++s) {
+        const int panel = 16 * s / kPanel, byte = 32 * s % kRow;
+        wgmma<S, kKeys>(score, from_queries + (panel * kQueryPanel + byte) / 16,
+                        from_keys + static_cast<uint64_t>((slot * kSlotBytes + panel * kKeyPanel + byte) / 16), s > 0);
+      }
+      wgmma_commit();
+    };
+    const auto multiply_values = [&](int slot) {
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kKeys / 16; ++i) {
+        const uint32_t a[4] = {weight[4 * i], weight[4 * i + 1], weight[4 * i + 2], weight[4 * i + 3]};
+        wgmma<S, kWidth>(out, a, from_values + static_cast<uint64_t>((slot * kSlotBytes + i * 16 * kRow) / 16), true);
+      }
+      wgmma_commit();
+    };
+    const auto release = [&](int slot) {
+      if (lane == 0) mbarrier_arrive(empty + slot);
+    };
+    // Groups issue their products in turn, so that one's softmax runs beside another's products.
+    constexpr int kTurn = 1, kGroupBarrier = kTurn + kGroups;
+    const auto wait_turn = [&] { named_barrier_wait(kTurn + group, 256); };
+    const auto pass_turn = [&] { named_barrier_arrive(kTurn + (group + 1) % kGroups, 256); };
+    if (group == kGroups - 1) pass_turn();
+
+    for (int wave = 0; wave * grid < units; ++wave) {
+      const int unit = order.unit(wave, static_cast<int>(blockIdx.x), grid);
+      if (unit >= units) break;
+      const QueryBlock at = order.at(p, unit, kQueries);
+      const int tiles = tiles_of(at);
+
+      // Scores of a tile to weights (still float32): shrink is what the sums before it are to be multiplied by.
+      const auto soften = [&](int tile) {
+        const int64_t key = static_cast<int64_t>(tile) * kKeys;
+        const bool edge = key + kKeys > p.m || (p.causal && key + kKeys > at.first + 64 * group + p.m - p.n + 1);
+        if (kTerms || edge) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const RowTerms terms = row_terms(p, at, row + 8 * half, key);
+#pragma unroll
+            for (int j = 0; j < kKeys / 8; ++j) {
+              float &x = score[4 * j + 2 * half], &y = score[4 * j + 2 * half + 1];
+              if constexpr (kTerms) {
+                x *= factor;
+                y *= factor;
+                finish_scores<S>(p, wide, terms, 8 * j + 2 * t, x, y);
+              } else {
+                if (8 * j + 2 * t >= terms.visible) x = kMinusInfinity;
+                if (8 * j + 2 * t + 1 >= terms.visible) y = kMinusInfinity;
+              }
+            }
+          }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float here = kMinusInfinity;
+#pragma unroll
+          for (int j = 0; j < kKeys / 8; ++j) here = fmaxf(here, fmaxf(score[4 * j + 2 * half], score[4 * j + 2 * half + 1]));
+          here = fmaxf(here, __shfl_xor_sync(~0u, here, 1));
+          here = fmaxf(here, __shfl_xor_sync(~0u, here, 2)) * late;
+          const float now = fmaxf(most[half], here), shift = now == kMinusInfinity ? 0.0f : now;
+          shrink[half] = exp2_fast(most[half] - shift);
+          most[half] = now;
+          float part = 0.0f;
+#pragma unroll
+          for (int j = 0; j < kKeys / 8; ++j) {
+            float &x = score[4 * j + 2 * half], &y = score[4 * j + 2 * half + 1];
+            x = exp2_fast(fmaf(x, late, -shift));
+            y = exp2_fast(fmaf(y, late, -shift));
+            part += x + y;
+          }
+          sum[half] = fmaf(sum[half], shrink[half], part);
+        }
+      };
+      const auto pack_weights = [&] {  // the sums of two neighbouring groups of 8 keys are the registers of A for 16
+#pragma unroll
+        for (int i = 0; i < kKeys / 4; ++i) weight[i] = pack16<S>(score[2 * i], score[2 * i + 1]);
+      };
+
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        most[half] = kMinusInfinity;
+        sum[half] = 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < kWidth / 2; ++i) out[i] = 0.0f;
+
+      mbarrier_wait(queries_full, parity);
+      parity ^= 1;
+      mbarrier_wait(full + place.slot, place.parity);
+      multiply_keys(place.slot);
+      wgmma_wait<0>();
+      landed(score);
+      release(place.slot);
+      place = place.next();
+      soften(tiles - 1);
+      pack_weights();
+
+#pragma unroll 1
+      for (int tile = tiles - 2; tile >= 0; --tile) {
+        const Place keys = place, values = place.next();
+        place = values.next();
+        mbarrier_wait(full + keys.slot, keys.parity);
+        wait_turn();
+        multiply_keys(keys.slot);
+        mbarrier_wait(full + values.slot, values.parity);
+        multiply_values(values.slot);
+        pass_turn();
+        wgmma_wait<1>();
+        landed(score);
+        release(keys.slot);
+        soften(tile);
+        wgmma_wait<0>();
+        landed(out);
+        release(values.slot);
+#pragma unroll
+        for (int i = 0; i < kWidth / 2; ++i) out[i] *= shrink[i / 2 % 2];
+        pack_weights();
+      }
+      mbarrier_wait(full + place.slot, place.parity);
+      multiply_values(place.slot);
+      wgmma_wait<0>();
+      landed(out);
+      release(place.slot);
+      place = place.next();
+
+      // ---- outputs, through this group's part of the queries' memory ----
+      named_barrier_wait(kGroupBarrier + group, 128);  // no warp of the group reads queries any more
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float all = sum[half];
+        all += __shfl_xor_sync(~0u, all, 1);
+        all += __shfl_xor_sync(~0u, all, 2);
+        const float inverse = all == 0.0f ? 0.0f : 1.0f / all;
+        if (t == 0 && row + 8 * half < at.rows) {
+          p.lse[(at.batch * p.heads + at.head) * p.n + at.first + row + 8 * half] =
+              all == 0.0f ? kMinusInfinity : fmaf(most[half], kLn2, logf(all));
+        }
+#pragma unroll
+        for (int j = 0; j < kWidth / 8; ++j) {
+          const uint32_t at_byte = (8 * j / kPanel) * kQueryPanel + (row + 8 * half) * kRow + (8 * j % kPanel + 2 * t) * 2;
+          *reinterpret_cast<uint32_t*>(queries + swizzled<kRow>(at_byte)) =
+              pack16<S>(out[4 * j + 2 * half] * inverse, out[4 * j + 2 * half + 1] * inverse);
+        }
+      }
+      shared_writes_fence();
+      named_barrier_wait(kGroupBarrier + group, 128);
+      if (thread == 0) {
+        if (64 * group < at.rows) {
+#pragma unroll
+          for (int panel = 0; panel < kPanels; ++panel) {
+            tensor_store(maps.o, queries + panel * kQueryPanel + group * 64 * kRow, panel * kPanel, static_cast<int>(at.first) + 64 * group,
+                         at.head, at.batch);
+          }
+          tensor_stores_wait();
+        }
+        mbarrier_arrive(queries_empty);
+      }
+    }
+  }
+}
+
+inline TensorMap hopper_map(const void* data, const AttentionRows& at, int64_t d, int64_t rows, int64_t heads, int64_t batch, int panel,
+                            int box_rows) {
+  const auto stride = [&](int64_t size, int64_t elements) { return size == 1 ? d : elements; };  // that of a single one is never used
+  return tensor_map({data, {d, rows, heads, batch}, {1, stride(rows, at.row), stride(heads, at.head), stride(batch, at.batch)}}, panel,
+                    box_rows);
+}
+
+template <class S, int kWidth, bool kTerms>
+void launch_hopper_as(const AttentionParams& p, void* stream) {
+  constexpr HopperTile kTile = hopper_tile(kWidth, kTerms);
+  constexpr int kBytes = hopper_shared_bytes(kTile, kWidth);
+  static_assert(kBytes <= 227 * 1024);
+  const HopperMaps maps{hopper_map(p.q, p.q_at, p.d, p.n, p.heads, p.batch, kTile.panel, kTile.queries()),
+                        hopper_map(p.k, p.k_at, p.d, p.m, p.kv_heads, p.batch, kTile.panel, kTile.keys),
+                        hopper_map(p.v, p.v_at, p.d, p.m, p.kv_heads, p.batch, kTile.panel, kTile.keys),
+                        hopper_map(p.o, p.o_at, p.d, p.n, p.heads, p.batch, kTile.panel, 64)};
+  constexpr int64_t kCacheBytes = 32 << 20;  // of the 50 MB that the card has
+  const int64_t heads = p.heads * p.batch, blocks = (p.n + kTile.queries() - 1) / kTile.queries(), shared = p.heads / p.kv_heads;
+  check(blocks * heads < (int64_t{1} << 30), "q: got ", blocks * heads, " blocks of ", kTile.queries(),
+        " queries, supported: fewer than 2^30");
+  const int64_t kept = kCacheBytes / (4 * p.m * p.d) * shared, together = kept < shared ? shared : kept < heads ? kept : heads;
+  const HopperOrder order{static_cast<int>(blocks), static_cast<int>(heads), static_cast<int>(together)};
+  const int processors = gf_device::multiprocessors(), grid = order.units() < processors ? order.units() : processors;
+  GF_ALLOW_SHARED((hopper_kernel<S, kWidth, kTerms>), kBytes);
+  GF_LAUNCH((hopper_kernel<S, kWidth, kTerms>), static_cast<unsigned>(grid), kTile.threads(), kBytes, stream, p, maps, order, access_of(p));
+}
+
+template <class S, int kIndex = 0>
+void launch_hopper(const AttentionParams& p, void* stream) {
+  constexpr int kWidth = kHopperWidths[kIndex];
+  if constexpr (kIndex + 1 < sizeof kHopperWidths / sizeof kHopperWidths[0]) {
+    if (p.d > kWidth) return launch_hopper<S, kIndex + 1>(p, stream);
+  }
+  p.bias || p.mask ? launch_hopper_as<S, kWidth, true>(p, stream) : launch_hopper_as<S, kWidth, false>(p, stream);
+}
+
+}  // namespace
+}  // namespace genfast
