@@ -368,9 +368,12 @@ _backend.define(
     {
         "bn_moments": lambda x, per_sample: x.new_empty(2, x.shape[0] if per_sample else 1, x.shape[1], dtype=torch.float64),
         "bn_apply": lambda x, residual, moments, *_: _empty(x, moments.shape[1]),
-        "bn_sums": lambda dy, x, residual, moments, *rest: [torch.empty_like(moments)] + ([_empty(x, moments.shape[1])] if rest[-1] else []),
-        "bn_backward": lambda dy, x, residual, sums, means, moments, *_: [_empty(x, moments.shape[1])]
-        + ([] if sums is None else [torch.empty_like(sums)]),
+        "bn_sums": lambda dy, x, residual, moments, *rest: (
+            [torch.empty_like(moments)] + ([_empty(x, moments.shape[1])] if rest[-1] else [])
+        ),
+        "bn_backward": lambda dy, x, residual, sums, means, moments, *_: (
+            [_empty(x, moments.shape[1])] + ([] if sums is None else [torch.empty_like(sums)])
+        ),
     },
 )
 for _name in SCHEMAS:

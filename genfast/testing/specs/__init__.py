@@ -12,22 +12,12 @@ from .minibatch_stddev import MINIBATCH_STDDEV
 from .modulate_bias_act import MODULATE_BIAS_ACT
 from .modulated_conv2d import MODULATED_CONV2D
 from .noise import NORMAL, UNIFORM
-from .qknorm_rope import QKNORM_ROPE, QKNORM_ROPE_ATTENTION
-from .solver_step import SOLVER_STEP, SOLVER_STEP_
-from .upfirdn2d import UPFIRDN2D
-
-SPECS: dict[str, OpSpec] = {
-    spec.name: spec
-    for spec in (
-        *(NORMAL, UNIFORM, SOLVER_STEP_, SOLVER_STEP, BIAS_ACT, BN_ACT, GROUP_NORM_SILU, UPFIRDN2D, ATTENTION),
-        *(QKNORM_ROPE, QKNORM_ROPE_ATTENTION),
-    )
-}
 from .pixel_norm import PIXEL_NORM
+from .qknorm_rope import QKNORM_ROPE, QKNORM_ROPE_ATTENTION
 from .solver_step import SOLVER_STEP, SOLVER_STEP_
 from .upfirdn2d import UPFIRDN2D
 
 _STEPS = (NORMAL, UNIFORM, SOLVER_STEP_, SOLVER_STEP)
 _CONVOLUTIONS = (CONV2D_RESAMPLE, MODULATED_CONV2D, FILTERED_LRELU)
 _PASSES = (BIAS_ACT, BN_ACT, GROUP_NORM_SILU, MODULATE_BIAS_ACT, UPFIRDN2D, PIXEL_NORM, MINIBATCH_STDDEV)
-SPECS: dict[str, OpSpec] = {spec.name: spec for spec in (*_STEPS, *_PASSES, *_CONVOLUTIONS, ATTENTION)}
+SPECS: dict[str, OpSpec] = {spec.name: spec for spec in (*_STEPS, *_PASSES, *_CONVOLUTIONS, ATTENTION, QKNORM_ROPE, QKNORM_ROPE_ATTENTION)}
