@@ -12,7 +12,8 @@ import torch
 from emulator.test_emulator_attention import HALF, draw, inputs, rows_of
 from torch import Tensor
 
-from genfast import reference
+from genfast import ops, reference
+from genfast.ops import _attention_tangent, _backend
 from genfast.testing.oracle import assert_accurate, same_bits
 
 pytestmark = pytest.mark.usefixtures("schedule")
@@ -73,3 +74,22 @@ def test_layouts(emulated: Any, dtype: torch.dtype) -> None:
         to, tlse = run(emulated, views)
         plain = run(emulated, [t.contiguous() for t in views])
         assert same_bits(to, plain[0]) and same_bits(tlse, plain[1])
+
+
+def test_the_operator_takes_the_kernel(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `attention_jvp` and forward mode hand to the kernel on CUDA: any strides, a bias and a mask that are broadcast."""
+    monkeypatch.setattr(_backend, "namespace", emulated)
+    monkeypatch.setattr(_attention_tangent, "has_kernel", lambda *_: True)
+    q, k, v, tq, tk, tv = (t.mT.contiguous().mT for t in cases(torch.bfloat16, 20, 40, 24, batch=2, heads=4, kv_heads=2))
+    bias, mask = draw((4, 1, 40), torch.bfloat16, 3), draw((20, 1), torch.float32, 4) > -0.5
+    primals, directions = (q, k, v), (tq, tk, tv)
+    got = ops.attention_jvp(*primals, *directions, bias, mask, True, 0.3)
+
+    def expected(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        wide = tuple(t.to(dtype) for t in primals), tuple(t.to(dtype) for t in directions)
+        return torch.func.jvp(lambda *t: reference.attention(*t, bias.to(dtype), mask, True, 0.3), *wide)  # type: ignore[no-any-return]
+
+    for name, a, working, exact in zip(("o", "to"), got, expected(torch.bfloat16), expected(torch.float64), strict=True):
+        assert_accurate(name, a, working, exact, torch.finfo(torch.bfloat16).eps)
+    forward_mode = torch.func.jvp(lambda *t: ops.attention(*t, bias, mask, True, 0.3), primals, directions)
+    assert all(same_bits(a, b) for a, b in zip(got, forward_mode, strict=True))
