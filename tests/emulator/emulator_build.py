@@ -1,6 +1,6 @@
 """Compiles the CUDA sources as C++ under the block emulator (docs/emulator.md).
 
-Results are cached in build/emulator under a hash of everything that goes in; ccache is used where it is found.
+Results are cached in build/emulator under a hash of everything that goes in.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,11 +38,24 @@ def _sources_hash(*more: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _run(command: list[str]) -> None:
-    launcher = ["ccache"] if "-c" in command and shutil.which("ccache") else []
-    done = subprocess.run([*launcher, *command], capture_output=True, text=True, check=False)
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def _object(source: Path, flags: list[str]) -> str:
+    """``source`` compiled, or what an equal text was compiled to: a planted bug costs the units that include it."""
+    command = [*compiler(), *flags, "-x", "c++", str(source)]
+    text = _run([*command, "-E", "-P"])
+    target = CACHE / "objects" / f"{hashlib.sha256(chr(0).join([*flags, text]).encode()).hexdigest()[:24]}.o"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = target.with_suffix(f".{os.getpid()}.o")
+        _run([*command, "-c", "-o", str(fresh)])
+        os.replace(fresh, target)
+    return str(target)
 
 
 def _build(name: str, units: list[tuple[Path, list[str]]], link: list[str], flags: list[str]) -> Path:
@@ -55,13 +69,9 @@ def _build(name: str, units: list[tuple[Path, list[str]]], link: list[str], flag
             return target
         for stale in CACHE.glob(f"*-{name}"):
             stale.unlink()
-        objects = []
-        for i, (source, own) in enumerate(units):
-            objects.append(str(CACHE / f"{key}-{i}.o"))
-            _run([*compiler(), *flags, *own, "-x", "c++", "-c", str(source), "-o", objects[-1]])
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda unit: _object(unit[0], [*flags, *unit[1]]), units))
         _run([*compiler(), *flags, *objects, *link, "-o", f"{target}.new"])
-        for item in objects:
-            Path(item).unlink()
         os.replace(f"{target}.new", target)
     return target
 
