@@ -26,7 +26,8 @@ constexpr BackwardTile backward_tile(Pass pass, int width) {
   if (pass == Pass::kKeys) return {4, 1, 16, 2};
   if (pass == Pass::kValues) return {4, 1, 32, 2};
   if (width > 128) return {4, 1, 32, 2};
-  return width > 64 ? BackwardTile{4, 1, 64, 2} : BackwardTile{4, 2, 32, 2};
+  if (width > 64) return {4, 1, width > 80 ? 48 : 64, 2};  // with 64 width 128 spills on sm_80
+  return {4, 2, 32, 2};
 }
 constexpr int backward_shared_bytes(Pass pass, int width) {
   const BackwardTile tile = backward_tile(pass, width);
@@ -50,7 +51,7 @@ __global__ void __launch_bounds__(backward_tile(kPass, kWidth).threads(), backwa
   QueryNumbers* const numbers = reinterpret_cast<QueryNumbers*>(walked2 + kWalked * kPitch);  // of the walked queries
   const AttentionParams& f = p.forward;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, d = static_cast<int>(f.d);
-  const GradientBlock at = gradient_block<kPass>(f, kRows, kWalked);
+  const GradientBlock at = gradient_block<kPass>(f, kRows, kWalked, static_cast<int>(blockIdx.x));
   const int steps = at.tiles * at.walked_heads;
 
   const auto load_own = [&](S* tile, const void* data, const AttentionRows& strides) {
@@ -58,9 +59,9 @@ __global__ void __launch_bounds__(backward_tile(kPass, kWidth).threads(), backwa
     load_rows<S, kRows, kWidth, kPitch, kThreads>(tile, from, strides.row, at.rows, d, wide.rows);
   };
   const auto walked_head = [&](int step) { return at.walked_head + step / at.tiles; };
-  const auto walked_row = [&](int step) { return at.begin + static_cast<int64_t>(step % at.tiles) * kWalked; };
+  const auto walked_row = [&](int step) { return at.begin + step % at.tiles * kWalked; };
   const auto load_walked = [&](S* tile, const void* data, const AttentionRows& strides, int step) {
-    const int64_t row = walked_row(step);
+    const int row = walked_row(step);
     const S* from = row_at(static_cast<const S*>(data), strides, at.batch, walked_head(step), row);
     load_rows<S, kWalked, kWidth, kPitch, kThreads>(tile, from, strides.row, (kOwnsKeys ? f.n : f.m) - row, d, wide.rows);
   };
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(backward_tile(kPass, kWidth).threads(), backwa
     const int thread = opaque(static_cast<int>(threadIdx.x));
     return thread / 32 * kRowTiles * 16 + thread % 32 / 4;
   };
-  const float factor = f.scale * kLog2e;  // scores in powers of two
+
   [[maybe_unused]] QueryNumbers mine[kRowTiles][2];
   if constexpr (!kOwnsKeys) {
 #pragma unroll
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(backward_tile(kPass, kWidth).threads(), backwa
 
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
-    const int64_t row = walked_row(step);
+    const int row = walked_row(step);
     cp_async_wait_all();
     __syncthreads();  // walked2 is there; walked1 and the numbers are free
     load_walked1(step);
@@ -106,23 +107,23 @@ __global__ void __launch_bounds__(backward_tile(kPass, kWidth).threads(), backwa
     float score[kRowTiles][kColumnTiles][4] = {};
     multiply<S, kWidth>(score, lane_rows<kWidth>(my1, lane), lane_columns<kWidth>(walked1, lane), d);
 
-    // Weights and slopes. Scores that need nothing but a factor get it on their way into the exponential.
+    // Weights and slopes. Scores, in powers of two, that need nothing but a factor get it on their way into the exponential.
+    const float factor = f.scale * kLog2e;
     const int columns = opaque(static_cast<int>(threadIdx.x)) % 4 * 2;
     if constexpr (kOwnsKeys) {
-      const int64_t offset = f.m - f.n, last_key = at.first + kRows - 1;
-      const bool finish = f.bias || f.mask || (f.causal && last_key > row + offset);
+      const bool finish = f.bias || f.mask || (f.causal && at.first + kRows - 1 > row + f.m - f.n);
       const float late = finish ? 1.0f : factor;
 #pragma unroll
-      for (int j = 0; j < kColumnTiles; ++j) {
+      for (int r = 0; r < 2 * kRowTiles; ++r) {
+        KeyTerms terms{};
+        if (finish) terms = key_terms(f, at.batch, walked_head(step), row, at.first + my_row() + 8 * r);
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const QueryNumbers query = numbers[8 * j + columns + e];
+        for (int j = 0; j < kColumnTiles; ++j) {
 #pragma unroll
-          for (int r = 0; r < 2 * kRowTiles; ++r) {
+          for (int e = 0; e < 2; ++e) {
+            const QueryNumbers query = numbers[8 * j + columns + e];
             float& x = score[r / 2][j][r % 2 * 2 + e];
-            if (finish) {
-              x = finish_score<S>(f, at.batch, walked_head(step), row + 8 * j + columns + e, at.first + my_row() + 8 * r, x * factor);
-            }
+            if (finish) x = finish_key_score<S>(f, terms, 8 * j + columns + e, x * factor);
             x = exp2_fast(fmaf(x, late, -query.shift));
             if constexpr (kSlopes) slope[r / 2][j][r % 2 * 2 + e] = x * (slope[r / 2][j][r % 2 * 2 + e] - query.delta);
           }
@@ -160,7 +161,8 @@ __global__ void __launch_bounds__(backward_tile(kPass, kWidth).threads(), backwa
     if constexpr (kSlopes) accumulate<S, kWidth>(gradient, slope, lane_rows<kWidth>(walked1, lane), d);
   }
 
-  const int before = warp * kRowTiles * 16, rows = at.rows - before;
+  const GradientBlock own = gradient_block<kPass>(f, kRows, kWalked, opaque(static_cast<int>(blockIdx.x)));  // again: registers are dear
+  const int before = warp * kRowTiles * 16, rows = own.rows - before;
   if constexpr (kSlopes) {
 #pragma unroll
     for (auto& tiles : gradient) {
@@ -171,11 +173,11 @@ __global__ void __launch_bounds__(backward_tile(kPass, kWidth).threads(), backwa
       }
     }
     const AttentionRows& strides = kOwnsKeys ? p.dk_at : p.dq_at;
-    S* to = row_at(static_cast<S*>(kOwnsKeys ? p.dk : p.dq), strides, at.batch, at.head, at.first + before);
+    S* to = row_at(static_cast<S*>(kOwnsKeys ? p.dk : p.dq), strides, own.batch, own.head, own.first + before);
     store_rows<S, kWidth>(gradient, my1, to, strides.row, rows, d, wide.rows);
   }
   if constexpr (kValues) {
-    S* to = row_at(static_cast<S*>(p.dv), p.dv_at, at.batch, at.head, at.first + before);
+    S* to = row_at(static_cast<S*>(p.dv), p.dv_at, own.batch, own.head, own.first + before);
     store_rows<S, kWidth>(of_values, kSlopes ? my2 : my1, to, p.dv_at.row, rows, d, wide.rows);
   }
 #endif
@@ -204,20 +206,20 @@ __global__ void __launch_bounds__(kBiasThreads, 2)
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, d = static_cast<int>(f.d);
   const float factor = f.scale * kLog2e;
   const BiasBlock block = bias_block(p, kBiasQueries, kKeys);
-  const auto next = [&](int64_t step) { return next_bias_step(f, block, step, kBiasQueries, kKeys); };
+  const auto next = [&](int step) { return next_bias_step(f, block, step, kBiasQueries, kKeys); };
   const auto load = [&](S* rows, const void* of_queries, const AttentionRows& queries_at, S* columns, const void* of_keys,
-                        const AttentionRows& keys_at, int64_t step) {
+                        const AttentionRows& keys_at, int step) {
     const BiasStep tile = bias_step(f, block, step, kBiasQueries, kKeys);
     const S* q = row_at(static_cast<const S*>(of_queries), queries_at, tile.at.batch, tile.at.head, tile.at.first);
     load_rows<S, kBiasQueries, kWidth, kPitch, kBiasThreads>(rows, q, queries_at.row, tile.at.rows, d, wide.rows);
     const S* k = row_at(static_cast<const S*>(of_keys), keys_at, tile.at.batch, tile.at.kv_head, tile.key);
     load_rows<S, kKeys, kWidth, kPitch, kBiasThreads>(columns, k, keys_at.row, f.m - tile.key, d, wide.rows);
   };
-  const auto load_scored = [&](int64_t step) { load(queries, f.q, f.q_at, keys, f.k, f.k_at, step); };
+  const auto load_scored = [&](int step) { load(queries, f.q, f.q_at, keys, f.k, f.k_at, step); };
   const int my_row = warp * 16 + lane / 4, columns = lane % 4 * 2;
 
   float sum[kColumnTiles][4] = {};
-  int64_t step = next(0);
+  int step = next(0);
   if (step < block.steps) load_scored(step);
 #pragma unroll 1
   while (step < block.steps) {
