@@ -1,100 +1,86 @@
-// The backward pass on a CPU, one head of keys at a time (Dao et al. 2022, appendix B.2).
+#include "attention_backward_cpu.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
-#include <vector>
+#include <atomic>
+#include <memory>
 
-#include "../../core/exact_math.h"
-#include "params.h"
+#include "../../core/cpu_isa.h"
+#include "attention_cpu_threads.h"
 
 namespace genfast {
 namespace {
 
-float wide(float x) {
-  return x;
-}
-float wide(BFloat16 x) {
-  return widen_bf16(x);
-}
-float wide(Float16 x) {
-  return widen_f16(x);
-}
-void round_to(float* to, float x) {
-  *to = x;
-}
-void round_to(BFloat16* to, float x) {
-  *to = narrow_bf16(x);
-}
-void round_to(Float16* to, float x) {
-  *to = narrow_f16(x);
+constexpr int64_t kUnits = 16;             // as many threads find work, where the heads are fewer
+constexpr int64_t kSplitRows = 128;        // queries of a unit, at least
+constexpr int64_t kSplitFloats = 1 << 26;  // of key_sums; two splits are always allowed
+
+const AttentionBackwardKernels& pick(const AttentionParams& p) {
+#if defined(__x86_64__)
+  if (p.dtype == DType::BF16 && has_tiles()) return kAttentionBackwardAmx;
+#endif
+  return GENFAST_PICK_ISA(kAttentionBackwardBaseline, kAttentionBackwardAvx2, kAttentionBackwardAvx512);
 }
 
-template <class T>
-void run(const AttentionBackwardParams& p, int64_t batch, int64_t kv_head) {
-  const AttentionParams& f = p.forward;
-  const auto row = [&](const void* t, const AttentionRows& at, int64_t head, int64_t i) {
-    return static_cast<const T*>(t) + batch * at.batch + head * at.head + i * at.row;
-  };
-  const int64_t group = f.heads / f.kv_heads, d = f.d;
-  std::vector<float> dk(f.m * d), dv(f.m * d), dq(d);
-  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-    for (int64_t i = 0; i < f.n; ++i) {
-      const int64_t at = (batch * f.heads + head) * f.n + i;
-      const T *q = row(f.q, f.q_at, head, i), *o = row(f.o, f.o_at, head, i), *grad_o = row(p.grad_o, p.grad_o_at, head, i);
-      float delta = p.grad_lse ? -p.grad_lse[at] : 0.0f;
-      for (int64_t c = 0; c < d; ++c) delta += wide(grad_o[c]) * wide(o[c]);
-      p.delta[at] = delta;
-      const float lse = std::isinf(f.lse[at]) ? 0.0f : f.lse[at];
-      std::fill(dq.begin(), dq.end(), 0.0f);
-      for (int64_t j = 0; j < (f.causal ? std::min(f.m, i + f.m - f.n + 1) : f.m); ++j) {
-        if (f.mask && !f.mask[batch * f.mask_at.batch + head * f.mask_at.head + i * f.mask_at.row + j]) continue;
-        const T *k = row(f.k, f.k_at, kv_head, j), *v = row(f.v, f.v_at, kv_head, j);
-        float score = 0, dp = 0;
-        for (int64_t c = 0; c < d; ++c) {
-          score += wide(q[c]) * wide(k[c]);
-          dp += wide(grad_o[c]) * wide(v[c]);
-        }
-        score *= f.scale;
-        if (f.bias) {
-          const int64_t where = batch * f.bias_at.batch + head * f.bias_at.head + i * f.bias_at.row + j;
-          score += f.bias_dtype == DType::F32 ? static_cast<const float*>(f.bias)[where] : wide(static_cast<const T*>(f.bias)[where]);
-        }
-        const float weight = std::exp(score - lse), ds = weight * (dp - delta);
-        for (int64_t c = 0; c < d; ++c) {
-          dq[c] += ds * wide(k[c]);
-          dk[j * d + c] += ds * wide(q[c]);
-          dv[j * d + c] += weight * wide(grad_o[c]);
-        }
-        if (p.dbias) p.dbias[batch * p.dbias_at.batch + head * p.dbias_at.head + i * p.dbias_at.row + j * p.dbias_column] += ds;
-      }
-      for (int64_t c = 0; c < d; ++c) round_to(const_cast<T*>(row(p.dq, p.dq_at, head, i)) + c, dq[c] * f.scale);
-    }
-  }
-  for (int64_t j = 0; j < f.m; ++j) {
-    for (int64_t c = 0; c < d; ++c) {
-      round_to(const_cast<T*>(row(p.dk, p.dk_at, kv_head, j)) + c, dk[j * d + c] * f.scale);
-      round_to(const_cast<T*>(row(p.dv, p.dv_at, kv_head, j)) + c, dv[j * d + c]);
-    }
-  }
+// Nothing but shapes enters, so that the order of sums, and with it every bit, is the same for any number of threads.
+AttentionBackwardPlan plan_of(const AttentionBackwardParams& params, const AttentionBackwardKernels& kernels, int64_t key_sums) {
+  const AttentionParams& p = params.forward;
+  AttentionBackwardPlan plan{};
+  plan.batches = params.dbias && params.dbias_at.batch == 0 ? p.batch : 1;
+  plan.kv_heads = params.dbias && params.dbias_at.head == 0 ? p.kv_heads : 1;
+  const int64_t groups = p.batch / plan.batches * (p.kv_heads / plan.kv_heads);
+  const int64_t wanted = std::min((kUnits + groups - 1) / groups, (p.n + kSplitRows - 1) / kSplitRows);
+  plan.splits = std::min(wanted, std::max<int64_t>(2, kSplitFloats / key_sums));
+  plan.rows = ((p.n + plan.splits - 1) / plan.splits + kernels.block_rows - 1) / kernels.block_rows * kernels.block_rows;
+  plan.splits = (p.n + plan.rows - 1) / plan.rows;
+  plan.units = groups * plan.splits;
+  return plan;
 }
 
 }  // namespace
 
-void launch_attention_backward_cpu(const AttentionBackwardParams& p) {
-  const AttentionParams& f = p.forward;
-  if (p.dbias) {
-    const int64_t size =
-        (p.dbias_at.batch ? f.batch : 1) * (p.dbias_at.head ? f.heads : 1) * (p.dbias_at.row ? f.n : 1) * (p.dbias_column ? f.m : 1);
-    std::fill(p.dbias, p.dbias + size, 0.0f);
-  }
-  for (int64_t batch = 0; batch < f.batch; ++batch) {
-    for (int64_t kv_head = 0; kv_head < f.kv_heads; ++kv_head) {
-      f.dtype == DType::F32    ? run<float>(p, batch, kv_head)
-      : f.dtype == DType::BF16 ? run<BFloat16>(p, batch, kv_head)
-                               : run<Float16>(p, batch, kv_head);
+void launch_attention_backward_cpu(const AttentionBackwardParams& params) {
+  const AttentionParams& p = params.forward;
+  const AttentionBackwardKernels& kernels = pick(p);
+  const int64_t blocks = p.batch * p.kv_heads * key_blocks(p), key_sums = blocks * 2 * kernels.height(p.d) * kKeyBlock;
+  AttentionBackwardPlan plan = plan_of(params, kernels, key_sums);
+  const Aligned sums = aligned_bytes(plan.splits * key_sums * 4);
+  plan.key_sums = reinterpret_cast<float*>(sums.get());
+
+  int64_t biases = 0;
+  Aligned bias_sums;
+  if (params.dbias) {
+    biases = (params.dbias_at.batch ? p.batch : 1) * (params.dbias_at.head ? p.heads : 1) * (params.dbias_at.row ? p.n : 1) *
+             (params.dbias_column ? p.m : 1);
+    plan.dbias = params.dbias;
+    if (!params.dbias_at.row && plan.splits > 1) {
+      plan.dbias_split = biases;
+      bias_sums = aligned_bytes(plan.splits * biases * 4);
+      plan.dbias = reinterpret_cast<float*>(bias_sums.get());
     }
+    const int64_t written = plan.dbias_split ? plan.splits * biases : biases;
+    torch::stable::parallel_for(0, written, 1 << 16,
+                                [&](int64_t first, int64_t last) { std::fill(plan.dbias + first, plan.dbias + last, 0.0f); });
+  }
+
+  const int64_t products = 5 * (p.batch * p.heads * p.n * p.m * p.d / plan.units);
+  std::atomic<int64_t> next{0};  // units differ in length under causality: each thread takes the next
+  torch::stable::parallel_for(0, plan.units, grain(products), [&](int64_t, int64_t) {
+    const Aligned scratch = aligned_bytes(kernels.scratch_bytes(params, plan));
+    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < plan.units;) kernels.run(params, plan, unit, scratch.get());
+  });
+  torch::stable::parallel_for(0, blocks, grain(4 * kKeyBlock * p.d), [&](int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; ++block) kernels.store_keys(params, plan, block);
+  });
+  if (plan.dbias_split) {
+    torch::stable::parallel_for(0, biases, 1 << 14, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        float sum = 0;
+        for (int64_t s = 0; s < plan.splits; ++s) sum += plan.dbias[s * biases + i];
+        params.dbias[i] = sum;
+      }
+    });
   }
 }
 
