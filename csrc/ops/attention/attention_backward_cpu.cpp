@@ -43,9 +43,9 @@ AttentionBackwardPlan plan_of(const AttentionBackwardParams& params, const Atten
 void launch_attention_backward_cpu(const AttentionBackwardParams& params) {
   const AttentionParams& p = params.forward;
   const AttentionBackwardKernels& kernels = pick(p);
-  const int64_t blocks = p.batch * p.kv_heads * key_blocks(p), key_sums = blocks * 2 * kernels.height(p.d) * kKeyBlock;
+  const int64_t key_sums = p.batch * p.kv_heads * kernels.key_sums(p);
   AttentionBackwardPlan plan = plan_of(params, kernels, key_sums);
-  const Aligned sums = aligned_bytes(plan.splits * key_sums * 4);
+  const Aligned sums = aligned_bytes(plan.splits == 1 ? 0 : plan.splits * key_sums * 4);
   plan.key_sums = reinterpret_cast<float*>(sums.get());
 
   int64_t biases = 0;
@@ -70,9 +70,12 @@ void launch_attention_backward_cpu(const AttentionBackwardParams& params) {
     const Aligned scratch = aligned_bytes(kernels.scratch_bytes(params, plan));
     for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < plan.units;) kernels.run(params, plan, unit, scratch.get());
   });
-  torch::stable::parallel_for(0, blocks, grain(4 * kKeyBlock * p.d), [&](int64_t first, int64_t last) {
-    for (int64_t block = first; block < last; ++block) kernels.store_keys(params, plan, block);
-  });
+  if (plan.splits > 1) {
+    const int64_t blocks = p.batch * p.kv_heads * ((p.m + kernels.keys - 1) / kernels.keys);
+    torch::stable::parallel_for(0, blocks, grain(4 * kernels.keys * p.d), [&](int64_t first, int64_t last) {
+      for (int64_t block = first; block < last; ++block) kernels.store_keys(params, plan, block);
+    });
+  }
   if (plan.dbias_split) {
     torch::stable::parallel_for(0, biases, 1 << 14, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {

@@ -11,7 +11,8 @@ void amx_backward_run(const AttentionBackwardParams& p, const AttentionBackwardP
 
 }  // namespace
 
-const AttentionBackwardKernels kAttentionBackwardAmx{AmxEngine::kBlockRows, AmxEngine::height, backward_scratch_bytes<AmxEngine>,
-                                                     amx_backward_run, store_keys_typed<AmxEngine, BFloat16>};
+const AttentionBackwardKernels kAttentionBackwardAmx{AmxEngine::kBlockRows,  AmxEngine::kKeys,
+                                                     key_sums_of<AmxEngine>, backward_scratch_bytes<AmxEngine>,
+                                                     amx_backward_run,       store_keys_typed<AmxEngine, BFloat16>};
 
 }  // namespace genfast

@@ -20,6 +20,11 @@ int64_t chunk_rows(const AttentionParams& p, const AttentionBackwardPlan& plan) 
 }
 
 template <class Engine>
+int64_t key_sums_of(const AttentionParams& p) {  // floats, for one head of keys
+  return round_up(p.m, Engine::kKeys) * 2 * Engine::height(p.d);
+}
+
+template <class Engine>
 struct BackwardBlock {
   using Operand = typename Engine::Operand;
   int64_t rows;                  // of a chunk
@@ -28,6 +33,7 @@ struct BackwardBlock {
   Operand *k, *v, *k_rows;       // a block of keys, packed
   float* dq;                     // (rows, width)
   float *lse, *delta;            // (rows); -lse in powers of two
+  float* key_sums;               // of a head, where nothing but this thread adds to them
   typename Engine::Weights weights;
   char* end;
 
@@ -37,12 +43,13 @@ struct BackwardBlock {
         grad_o(take<Operand>(at, rows * Engine::depth(p.d))),
         q_across(Engine::columns(q, at, rows * Engine::height(p.d))),
         o_across(Engine::columns(grad_o, at, rows * Engine::height(p.d))),
-        k(take<Operand>(at, kKeyBlock * Engine::depth(p.d))),
-        v(take<Operand>(at, kKeyBlock * Engine::depth(p.d))),
-        k_rows(take<Operand>(at, kKeyBlock * Engine::width(p.d))),
+        k(take<Operand>(at, Engine::kKeys * Engine::depth(p.d))),
+        v(take<Operand>(at, Engine::kKeys * Engine::depth(p.d))),
+        k_rows(take<Operand>(at, Engine::kKeys * Engine::width(p.d))),
         dq(take<float>(at, rows * Engine::width(p.d))),
         lse(take<float>(at, rows)),
         delta(take<float>(at, rows)),
+        key_sums(take<float>(at, plan.splits == 1 ? key_sums_of<Engine>(p) : 0)),
         weights(at),
         end(at) {}
 };
@@ -86,12 +93,12 @@ void weigh(const AttentionParams& p, const typename Engine::Weights& w, const St
     for (int64_t j = 0; j < step.keys; j += kLanes) {
       VFloat weight[2], ds[2];
       unroll<2>([&]<int u>() {
-        VFloat x = fma_lanes(load<float>(scores + u * kKeyBlock + j), factor, splat(lse[r + u]));
+        VFloat x = fma_lanes(load<float>(scores + u * Engine::kKeys + j), factor, splat(lse[r + u]));
         if (kBias && there) x = fma_lanes(load_first(bias[u] + j, step.keys - j), splat(kLog2e), x);
         if (kMask && there) x = where_seen(mask[u] + j, step.keys - j, x);
         weight[u] = exp2_lanes<Engine::kShortExp>(x);
         if (j + kLanes > visible[u]) weight[u] = (lanes < static_cast<int>(visible[u] - j)) ? weight[u] : VFloat{};
-        ds[u] = weight[u] * (load<float>(slopes + u * kKeyBlock + j) - delta[r + u]);
+        ds[u] = weight[u] * (load<float>(slopes + u * Engine::kKeys + j) - delta[r + u]);
       });
       w.store_pair(r, j, weight[0], weight[1], ds[0], ds[1]);
       if (keep) {
@@ -104,10 +111,11 @@ void weigh(const AttentionParams& p, const typename Engine::Weights& w, const St
 }
 
 // Adds `rows` rows of ds to the gradient of the bias, over whichever dimensions the bias is one.
-inline void add_bias_gradient(const AttentionBackwardParams& p, const float* ds, int64_t rows, int64_t keys, float* to) {
+template <class Engine>
+void add_bias_gradient(const AttentionBackwardParams& p, const float* ds, int64_t rows, int64_t keys, float* to) {
   const VInt lanes = lane_numbers();
   const auto of = [&](int64_t r, int64_t j) __attribute__((always_inline)) {  // zeros beyond the keys
-    const VFloat x = load<float>(ds + r * kKeyBlock + j);
+    const VFloat x = load<float>(ds + r * Engine::kKeys + j);
     return j + kLanes > keys ? (lanes < static_cast<int>(keys - j)) ? x : VFloat{} : x;
   };
   const auto add = [&](float* at, VFloat x, int64_t count)
@@ -146,8 +154,8 @@ void run_step(const AttentionBackwardParams& params, const AttentionBackwardPlan
   const int64_t from = hidden <= 0 ? 0 : hidden / Engine::kStepRows * Engine::kStepRows;
   for (int64_t r = from; r < rows; r += Engine::kStepRows) {
     const int64_t count = rows - r < Engine::kStepRows ? rows - r : Engine::kStepRows, keys = round_up(step.keys, Engine::kKeyGroup);
-    Engine::score(at.q + (block + r) * depth, at.k, w.scores(r), count, keys, depth);
-    Engine::score(at.grad_o + (block + r) * depth, at.v, w.slopes(r), count, keys, depth);
+    Engine::score(at.q + (block + r) * depth, at.k, w.scores(r), Engine::kKeys, count, keys, depth);
+    Engine::score(at.grad_o + (block + r) * depth, at.v, w.slopes(r), Engine::kKeys, count, keys, depth);
     const auto run = [&]<class B, bool kBias>() {
       p.mask ? weigh<Engine, B, kBias, true>(p, w, step, r, count, at.lse + block, at.delta + block, params.dbias)
              : weigh<Engine, B, kBias, false>(p, w, step, r, count, at.lse + block, at.delta + block, params.dbias);
@@ -162,13 +170,14 @@ void run_step(const AttentionBackwardParams& params, const AttentionBackwardPlan
     if (params.dbias && r < step.rows) {
       float* to = plan.dbias + split * plan.dbias_split + step.batch * params.dbias_at.batch + step.head * params.dbias_at.head +
                   (step.first_row + r) * params.dbias_at.row + step.first_key * params.dbias_column;
-      add_bias_gradient(params, w.slopes(r), step.rows - r < count ? step.rows - r : count, step.keys, to);
+      add_bias_gradient<Engine>(params, w.slopes(r), step.rows - r < count ? step.rows - r : count, step.keys, to);
     }
   }
-  Engine::add_across(at.q_across + (block + from) * height, w.ds + from * kKeyBlock, key_sums, rows - from, step.keys, height);
-  Engine::add_across(at.o_across + (block + from) * height, w.p + from * kKeyBlock, key_sums + height * kKeyBlock, rows - from, step.keys,
-                     height);
-  Engine::add_values(w.ds_rows + from * kKeyBlock, at.k_rows, at.dq + (block + from) * width, rows - from, step.keys, width);
+  Engine::add_across(at.q_across + (block + from) * height, w.ds + from * Engine::kKeys, key_sums, rows - from, step.keys, height);
+  Engine::add_across(at.o_across + (block + from) * height, w.p + from * Engine::kKeys, key_sums + height * Engine::kKeys, rows - from,
+                     step.keys, height);
+  Engine::add_values(w.ds_rows + from * Engine::kKeys, Engine::kKeys, at.k_rows, at.dq + (block + from) * width, rows - from, step.keys,
+                     width);
 }
 
 // Queries `first` to `last` of one head against all keys.
@@ -201,8 +210,8 @@ void run_chunk(const AttentionBackwardParams& params, const AttentionBackwardPla
   const int64_t kv_head = head / (p.heads / p.kv_heads), offset = p.m - p.n;
   const T* k = static_cast<const T*>(p.k) + batch * p.k_at.batch + kv_head * p.k_at.head;
   const T* v = static_cast<const T*>(p.v) + batch * p.v_at.batch + kv_head * p.v_at.head;
-  for (int64_t key = 0; key < p.m && (!p.causal || key < last + offset); key += kKeyBlock) {
-    const int64_t keys = p.m - key < kKeyBlock ? p.m - key : kKeyBlock;
+  for (int64_t key = 0; key < p.m && (!p.causal || key < last + offset); key += Engine::kKeys) {
+    const int64_t keys = p.m - key < Engine::kKeys ? p.m - key : Engine::kKeys;
     Engine::pack_keys(at.k, k + key * p.k_at.row, p.k_at.row, keys, p.d);
     Engine::pack_keys(at.v, v + key * p.v_at.row, p.v_at.row, keys, p.d);
     Engine::pack_values(at.k_rows, k + key * p.k_at.row, p.k_at.row, keys, p.d);
@@ -221,8 +230,38 @@ void run_chunk(const AttentionBackwardParams& params, const AttentionBackwardPla
   }
 }
 
-inline int64_t key_sums_of(const AttentionParams& p, int64_t height) {  // of one head of keys
-  return key_blocks(p) * 2 * height * kKeyBlock;
+// One block of keys of a head: its sums, of one split after the other, to dk and dv.
+template <class Engine, class T>
+void store_block(const AttentionBackwardParams& params, const float* sums, int64_t splits, int64_t split, int64_t batch, int64_t kv_head,
+                 int64_t first) {
+  const AttentionParams& p = params.forward;
+  const int64_t keys = p.m - first < Engine::kKeys ? p.m - first : Engine::kKeys;
+  const auto write = [&](const float* from, void* t, const AttentionRows& where, float factor) {
+    T* to = static_cast<T*>(t) + batch * where.batch + kv_head * where.head + first * where.row;
+    for (int64_t j = 0; j < keys; j += kLanes) {
+      for (int64_t c = 0; c < p.d; c += kLanes) {
+        VFloat v[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          const float* at = from + (c + i) * Engine::kKeys + j;
+          v[i] = c + i < p.d ? load<float>(at) : VFloat{};
+          for (int64_t s = 1; s < splits && c + i < p.d; ++s) v[i] = v[i] + load<float>(at + s * split);
+        }
+        transpose(v);
+        for (int i = 0; i < kLanes && j + i < keys; ++i) store_first(to + (j + i) * where.row + c, v[i] * factor, p.d - c);
+      }
+    }
+  };
+  sums += first * 2 * Engine::height(p.d);
+  write(sums, params.dk, params.dk_at, p.scale);
+  write(sums + Engine::height(p.d) * Engine::kKeys, params.dv, params.dv_at, 1.0f);
+}
+
+template <class Engine, class T>
+void store_keys_typed(const AttentionBackwardParams& params, const AttentionBackwardPlan& plan, int64_t block) {
+  const AttentionParams& p = params.forward;
+  const int64_t blocks = (p.m + Engine::kKeys - 1) / Engine::kKeys, head = block / blocks, size = key_sums_of<Engine>(p);
+  store_block<Engine, T>(params, plan.key_sums + head * size, plan.splits, p.batch * p.kv_heads * size, head / p.kv_heads,
+                         head % p.kv_heads, block % blocks * Engine::kKeys);
 }
 
 template <class Engine, class T>
@@ -232,41 +271,21 @@ void run_unit(const AttentionBackwardParams& params, const AttentionBackwardPlan
   const int64_t split = unit % plan.splits, group = unit / plan.splits, groups = p.kv_heads / plan.kv_heads;
   const int64_t first_batch = group / groups * plan.batches, first_head = group % groups * plan.kv_heads, shared = p.heads / p.kv_heads;
   const int64_t first = split * plan.rows, last = first + plan.rows < p.n ? first + plan.rows : p.n;
-  const int64_t sums = key_sums_of(p, Engine::height(p.d));
+  const int64_t size = key_sums_of<Engine>(p);
   for (int64_t batch = first_batch; batch < first_batch + plan.batches; ++batch) {
     for (int64_t kv_head = first_head; kv_head < first_head + plan.kv_heads; ++kv_head) {
-      float* key_sums = plan.key_sums + ((split * p.batch + batch) * p.kv_heads + kv_head) * sums;
-      __builtin_memset(key_sums, 0, static_cast<size_t>(sums) * sizeof(float));
+      float* sums = plan.splits == 1 ? at.key_sums : plan.key_sums + ((split * p.batch + batch) * p.kv_heads + kv_head) * size;
+      __builtin_memset(sums, 0, static_cast<size_t>(size) * sizeof(float));
       for (int64_t head = kv_head * shared; head < (kv_head + 1) * shared; ++head) {
         for (int64_t chunk = first; chunk < last; chunk += at.rows) {
-          run_chunk<Engine, T>(params, plan, at, batch, head, split, chunk, chunk + at.rows < last ? chunk + at.rows : last, key_sums);
+          run_chunk<Engine, T>(params, plan, at, batch, head, split, chunk, chunk + at.rows < last ? chunk + at.rows : last, sums);
         }
+      }
+      for (int64_t key = 0; plan.splits == 1 && key < p.m; key += Engine::kKeys) {
+        store_block<Engine, T>(params, sums, 1, 0, batch, kv_head, key);
       }
     }
   }
-}
-
-template <class Engine, class T>
-void store_keys_typed(const AttentionBackwardParams& params, const AttentionBackwardPlan& plan, int64_t block) {
-  const AttentionParams& p = params.forward;
-  const int64_t height = Engine::height(p.d), head = block / key_blocks(p), first = block % key_blocks(p) * kKeyBlock;
-  const int64_t keys = p.m - first < kKeyBlock ? p.m - first : kKeyBlock, split = p.batch * p.kv_heads * key_sums_of(p, height);
-  const float* sums = plan.key_sums + block * 2 * height * kKeyBlock;
-  const auto write = [&](const float* from, void* t, const AttentionRows& where, float factor) {
-    T* to = static_cast<T*>(t) + head / p.kv_heads * where.batch + head % p.kv_heads * where.head + first * where.row;
-    for (int64_t j = 0; j < keys; j += kLanes) {
-      for (int64_t c = 0; c < p.d; c += kLanes) {
-        VFloat v[kLanes] = {};
-        for (int64_t s = 0; s < plan.splits; ++s) {
-          for (int i = 0; i < kLanes && c + i < p.d; ++i) v[i] = v[i] + load<float>(from + s * split + (c + i) * kKeyBlock + j);
-        }
-        transpose(v);
-        for (int i = 0; i < kLanes && j + i < keys; ++i) store_first(to + (j + i) * where.row + c, v[i] * factor, p.d - c);
-      }
-    }
-  };
-  write(sums, params.dk, params.dk_at, p.scale);
-  write(sums + height * kKeyBlock, params.dv, params.dv_at, 1.0f);
 }
 
 template <class Engine>

@@ -141,42 +141,44 @@ struct AmxEngine {
     }
   }
 
-  static void score(const BFloat16* q, const BFloat16* keys, float* scores, int64_t rows, int64_t count, int64_t depth) {
-    products<false>(q, depth, 32, keys, 16 * depth, kTileElements, scores, kKeyBlock, depth / 32, rows, count);
+  static void score(const BFloat16* q, const BFloat16* keys, float* scores, int64_t stride, int64_t rows, int64_t count, int64_t depth) {
+    products<false>(q, depth, 32, keys, 16 * depth, kTileElements, scores, stride, depth / 32, rows, count);
   }
 
-  static void add_values(const BFloat16* weights, const BFloat16* values, float* out, int64_t rows, int64_t keys, int64_t width) {
-    products<true>(weights, kKeyBlock, 32, values, kTileElements, 32 * width, out, width, round_up(keys, 32) / 32, rows, width);
+  static void add_values(const BFloat16* weights, int64_t stride, const BFloat16* values, float* out, int64_t rows, int64_t keys,
+                         int64_t width) {
+    products<true>(weights, stride, 32, values, kTileElements, 32 * width, out, width, round_up(keys, 32) / 32, rows, width);
   }
 
   // ---- the backward pass
 
+  static constexpr int kKeys = 128;  // of a block
   static constexpr int kPaddedRows = 32;
   static constexpr int kStepRows = 32;
   static constexpr int kBlockRows = 128;
 
   struct Weights {
-    float *step_scores, *step_slopes;  // (kStepRows, kKeyBlock)
-    BFloat16 *p, *ds;                  // (kBlockRows / 32, kKeyBlock / 16, tile)
-    BFloat16* ds_rows;                 // (kBlockRows, kKeyBlock)
+    float *step_scores, *step_slopes;  // (kStepRows, kKeys)
+    BFloat16 *p, *ds;                  // (kBlockRows / 32, kKeys / 16, tile)
+    BFloat16* ds_rows;                 // (kBlockRows, kKeys)
     explicit Weights(char*& at)
-        : step_scores(take<float>(at, kStepRows * kKeyBlock)),
-          step_slopes(take<float>(at, kStepRows * kKeyBlock)),
-          p(take<BFloat16>(at, kBlockRows * kKeyBlock)),
-          ds(take<BFloat16>(at, kBlockRows * kKeyBlock)),
-          ds_rows(take<BFloat16>(at, kBlockRows * kKeyBlock)) {}
-    float* scores(int64_t row) const { return step_scores + row % kStepRows * kKeyBlock; }
-    float* slopes(int64_t row) const { return step_slopes + row % kStepRows * kKeyBlock; }
+        : step_scores(take<float>(at, kStepRows * kKeys)),
+          step_slopes(take<float>(at, kStepRows * kKeys)),
+          p(take<BFloat16>(at, kBlockRows * kKeys)),
+          ds(take<BFloat16>(at, kBlockRows * kKeys)),
+          ds_rows(take<BFloat16>(at, kBlockRows * kKeys)) {}
+    float* scores(int64_t row) const { return step_scores + row % kStepRows * kKeys; }
+    float* slopes(int64_t row) const { return step_slopes + row % kStepRows * kKeys; }
     GF_INLINE void store_pair(int64_t row, int64_t key, VFloat p0, VFloat p1, VFloat ds0, VFloat ds1) const {
-      const int64_t at = row / 32 * 32 * kKeyBlock + key / 16 * kTileElements + row % 32 * 16;
+      const int64_t at = row / 32 * 32 * kKeys + key / 16 * kTileElements + row % 32 * 16;
       store_raw(p + at, interleaved(p0, p1));
       store_raw(ds + at, interleaved(ds0, ds1));
-      store_weight(ds_rows + row * kKeyBlock + key, ds0);
-      store_weight(ds_rows + (row + 1) * kKeyBlock + key, ds1);
+      store_weight(ds_rows + row * kKeys + key, ds0);
+      store_weight(ds_rows + (row + 1) * kKeys + key, ds1);
     }
     void clear_pair(int64_t row, int64_t keys) const {
-      clear_weights(ds_rows + row * kKeyBlock, keys);
-      clear_weights(ds_rows + (row + 1) * kKeyBlock, keys);
+      clear_weights(ds_rows + row * kKeys, keys);
+      clear_weights(ds_rows + (row + 1) * kKeys, keys);
     }
   };
 
@@ -213,7 +215,7 @@ struct AmxEngine {
   }
 
   static void add_across(const BFloat16* columns, const BFloat16* weights, float* out, int64_t rows, int64_t keys, int64_t height) {
-    products<true>(columns, 32, 32 * height, weights, kTileElements, 32 * kKeyBlock, out, kKeyBlock, rows / 32, height, round_up(keys, 16));
+    products<true>(columns, 32, 32 * height, weights, kTileElements, 32 * kKeys, out, kKeys, rows / 32, height, round_up(keys, 16));
   }
 };
 

@@ -73,11 +73,19 @@ struct FmaEngine {
     }
   }
 
+  // (m / kKeyBlock, panel, keys of the block, columns of the panel): whole cache lines one after another, whatever the width.
   template <class T>
   static void pack_values(float* to, const T* v, int64_t stride, int64_t m, int64_t d) {
     const int64_t w = width(d);
-    for (int64_t i = 0; i < m; ++i) {
-      for (int64_t c = 0; c < d; c += kLanes) store(to + i * w + c, load_first(v + i * stride + c, d - c));
+    for (int64_t block = 0; block < m; block += kKeyBlock) {
+      const int64_t keys = m - block < kKeyBlock ? m - block : kKeyBlock;
+      panels(w / kLanes, [&]<int N>(int64_t first) {
+        float* panel = to + block * w + first * kLanes * keys;
+        for (int64_t i = 0; i < keys; ++i) {
+          const T* row = v + (block + i) * stride + first * kLanes;
+          unroll<N>([&]<int n>() { store(panel + (i * N + n) * kLanes, load_first(row + n * kLanes, d - (first + n) * kLanes)); });
+        }
+      });
     }
   }
 
@@ -116,38 +124,39 @@ struct FmaEngine {
     if (rows - r) run.template operator()<2>(r);
   }
 
-  // Sums of many products are made of shorter ones, which keeps their rounding down.
-  static void score(const float* q, const float* keys, float* scores, int64_t rows, int64_t count, int64_t depth) {
+  // Rows of scores are `stride` apart. Sums of many products are made of shorter ones, which keeps their rounding down.
+  static void score(const float* q, const float* keys, float* scores, int64_t stride, int64_t rows, int64_t count, int64_t depth) {
     const int64_t parts = (depth + kLongestSum - 1) / kLongestSum, part = (depth + parts - 1) / parts;
     panels(count / kLanes, [&]<int N>(int64_t first) {
       const float* panel = keys + first * kLanes * depth;
-      tiles<N, false, false>(q, depth, panel, N * kLanes, scores + first * kLanes, kKeyBlock, rows, part);
+      tiles<N, false, false>(q, depth, panel, N * kLanes, scores + first * kLanes, stride, rows, part);
       for (int64_t c = part; c < depth; c += part) {
         const int64_t now = depth - c < part ? depth - c : part;
-        tiles<N, true, false>(q + c, depth, panel + c * N * kLanes, N * kLanes, scores + first * kLanes, kKeyBlock, rows, now);
+        tiles<N, true, false>(q + c, depth, panel + c * N * kLanes, N * kLanes, scores + first * kLanes, stride, rows, now);
       }
     });
   }
 
-  static void add_values(const float* weights, const float* values, float* out, int64_t rows, int64_t keys, int64_t width) {
+  static void add_values(const float* weights, int64_t stride, const float* values, float* out, int64_t rows, int64_t keys, int64_t width) {
     panels(width / kLanes, [&]<int N>(int64_t first) {
-      tiles<N, true, false>(weights, kKeyBlock, values + first * kLanes, width, out + first * kLanes, width, rows, keys);
+      tiles<N, true, false>(weights, stride, values + first * kLanes * keys, N * kLanes, out + first * kLanes, width, rows, keys);
     });
   }
 
   // ---- the backward pass
 
+  static constexpr int kKeys = 64;  // of a block: their weights lie in whole pages, and in the first-level cache
   static constexpr int kPaddedRows = 2;
   static constexpr int kStepRows = 24;   // rows whose scores are made together, so that they stay in the first-level cache
   static constexpr int kBlockRows = 96;  // rows that are summed over at a time
 
   // Weights p and their gradients ds, in the memory of the scores and of what the values make of the gradient of the output.
   struct Weights {
-    float *p, *ds;  // (kBlockRows, kKeyBlock)
+    float *p, *ds;  // (kBlockRows, kKeys)
     float* ds_rows;
-    explicit Weights(char*& at) : p(take<float>(at, kBlockRows * kKeyBlock)), ds(take<float>(at, kBlockRows * kKeyBlock)), ds_rows(ds) {}
-    float* scores(int64_t row) const { return p + row * kKeyBlock; }
-    float* slopes(int64_t row) const { return ds + row * kKeyBlock; }
+    explicit Weights(char*& at) : p(take<float>(at, kBlockRows * kKeys)), ds(take<float>(at, kBlockRows * kKeys)), ds_rows(ds) {}
+    float* scores(int64_t row) const { return p + row * kKeys; }
+    float* slopes(int64_t row) const { return ds + row * kKeys; }
     GF_INLINE void store_pair(int64_t row, int64_t key, VFloat p0, VFloat p1, VFloat ds0, VFloat ds1) const {
       store(scores(row) + key, p0);
       store(scores(row + 1) + key, p1);
@@ -163,10 +172,10 @@ struct FmaEngine {
   template <class T>
   static void load_columns(float*, const T*, int64_t, int64_t, int64_t, int64_t) {}
 
-  // out (height, kKeyBlock) += columns^T weights
+  // out (height, kKeys) += columns^T weights
   static void add_across(const float* columns, const float* weights, float* out, int64_t rows, int64_t keys, int64_t height) {
     panels((keys + kLanes - 1) / kLanes, [&]<int N>(int64_t first) {
-      tiles<N, true, true>(columns, height, weights + first * kLanes, kKeyBlock, out + first * kLanes, kKeyBlock, height, rows);
+      tiles<N, true, true>(columns, height, weights + first * kLanes, kKeys, out + first * kLanes, kKeys, height, rows);
     });
   }
 };

@@ -71,7 +71,7 @@ void run_block(const AttentionParams& p, const Block<Engine>& at, int64_t batch,
   const int64_t seen = p.causal ? (first_query + rows + offset < p.m ? first_query + rows + offset : p.m) : p.m;
   for (int64_t key = 0; key < seen; key += kKeyBlock) {
     const int64_t keys = p.m - key < kKeyBlock ? p.m - key : kKeyBlock;
-    Engine::score(at.queries, at.keys + key * depth, at.scores, rows_padded, round_up(keys, Engine::kKeyGroup), depth);
+    Engine::score(at.queries, at.keys + key * depth, at.scores, kKeyBlock, rows_padded, round_up(keys, Engine::kKeyGroup), depth);
     for (int64_t r = 0; r < rows; ++r) {
       float* s = at.scores + r * kKeyBlock;
       RowTerms terms{nullptr, nullptr};
@@ -118,7 +118,7 @@ void run_block(const AttentionParams& p, const Block<Engine>& at, int64_t batch,
       }
       sum[r] = sum[r] + partial;
     }
-    Engine::add_values(at.weights, at.values + key * width, at.out, rows_padded, keys, width);
+    Engine::add_values(at.weights, kKeyBlock, at.values + key * width, at.out, rows_padded, keys, width);
   }
   T* o = static_cast<T*>(p.o) + batch * p.o_at.batch + head * p.o_at.head + first_query * p.o_at.row;
   float* lse = p.lse + (batch * p.heads + head) * p.n + first_query;
