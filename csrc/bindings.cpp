@@ -62,7 +62,7 @@ const std::vector<Kernel>& catalogue() {
        "any; faster with AVX2, AVX-512 and AMX",
        "forward and backward; docs/attention.md"},
 #ifdef GENFAST_HAS_CUDA
-      {"attention", "cuda", {"float32", "bfloat16", "float16"}, "any; tensor cores from sm_80", "forward; head dimensions up to 256"},
+      {"attention", "cuda", {"float32", "bfloat16", "float16"}, "any; tensor cores from sm_80", "forward, backward; head dimensions up to 256"},
       {"noise", "cuda", {"float32", "float64", "bfloat16", "float16"}, "sm_75", "docs/noise.md, version 1"},
       {"solver_step",
        "cuda",

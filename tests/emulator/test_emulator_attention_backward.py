@@ -61,17 +61,19 @@ def run(
     return got
 
 
+@pytest.mark.parametrize(("n", "m"), [(60, 150), (150, 60)], ids=["one block of queries", "one block of keys"])
 @pytest.mark.parametrize("d", HEADS)
-def test_every_head(emulated: Any, d: int) -> None:
-    """90 keys and 70 queries: whole tiles and parts of tiles on both sides."""
-    q, k, v = inputs(HALF[d // 8 % 2], 70, 90, d)
-    run(emulated, q, k, v, draw((70, 90), q.dtype, 3))
+def test_every_head(emulated: Any, d: int, n: int, m: int) -> None:
+    """One block of a side takes the tiles for few blocks, the other side the others; whole tiles and parts of tiles."""
+    q, k, v = inputs(HALF[d // 8 % 2], n, m, d)
+    run(emulated, q, k, v, draw((n, m), q.dtype, 3))
 
 
+@pytest.mark.parametrize("m", [170, 50])
 @pytest.mark.parametrize("d", [40, 64, 72, 128])
-def test_long_causal(emulated: Any, d: int) -> None:
-    """Several blocks on both sides, some of whose tiles see nothing of each other."""
-    run(emulated, *inputs(HALF[d // 8 % 2], 150, 170, d, heads=2, kv_heads=1), causal=True)
+def test_causal_groups(emulated: Any, d: int, m: int) -> None:
+    """Tiles that see nothing of each other; with 50 keys, one block of keys and queries that see nothing."""
+    run(emulated, *inputs(HALF[d // 8 % 2], 150, m, d, heads=2, kv_heads=1), causal=True)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])

@@ -189,8 +189,13 @@ def test_address_sanitizer_sees_a_kernel_read_out_of_bounds() -> None:
             "test_solver_step and rescale",
         ),
         ("ops/attention/attention_forward.cuh", "key + kKeys > p.m || ", "", "test_every_head"),
+        ("ops/attention/attention_forward.cuh", "    __syncthreads();  // the keys are there", "    //", "test_every_head"),
+        (
+            *("ops/attention/attention_backward.cuh", "cp_async_wait_all();\n    __syncthreads();  // walked1", "__syncthreads();  //"),
+            "test_every_head",
+        ),
     ],
-    ids=["fold without a barrier", "sum in another order", "keys beyond the last"],
+    ids=["fold without a barrier", "sum in another order", "keys beyond the last", "loop without a barrier", "copy without a wait"],
 )
 def test_a_planted_bug_fails(file: str, text: str, replacement: str, only: str) -> None:
     path = emulator_build.library(mutation=(file, text, replacement))

@@ -63,9 +63,13 @@ __device__ __forceinline__ void load_fma_rows(float* to, DType dtype, const void
   });
 }
 
-__device__ __forceinline__ float fma_score(const AttentionParams& p, int batch, int head, int64_t query, int64_t key, float x) {
-  return p.dtype == DType::F16 ? finish_score<Float16>(p, batch, head, query, key, x)
-                               : finish_score<BFloat16>(p, batch, head, query, key, x);
+// What finish_scores does, for one query and one key.
+__device__ __forceinline__ float finish_score(const AttentionParams& p, int batch, int head, int64_t query, int64_t key, float x) {
+  if (query >= p.n || key >= p.m || (p.causal && key > query + p.m - p.n)) return kMinusInfinity;
+  if (p.mask && !row_at(p.mask, p.mask_at, batch, head, query)[key]) return kMinusInfinity;
+  if (!p.bias) return x;
+  const auto bias = [&]<class S>(S) { return widen(row_at(static_cast<const S*>(p.bias), p.bias_at, batch, head, query)[key]); };
+  return fmaf(p.bias_dtype == DType::F32 ? bias(0.0f) : p.bias_dtype == DType::F16 ? bias(Float16{}) : bias(BFloat16{}), kLog2e, x);
 }
 
 __device__ __forceinline__ float dot(const float* a, const float* b, int d) {
@@ -89,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_fma_kernel(const __grid_
   float* const weights = walked2 + kRows * pitch;
   float* const slopes = weights + kRows * kPitch;
   const int row = static_cast<int>(threadIdx.x) / kLanes, lane = static_cast<int>(threadIdx.x) % kLanes;
-  const GradientBlock at = gradient_block<kPass>(f, kRows, kRows);
+  const GradientBlock at = gradient_block<kPass>(f, kRows, kRows, static_cast<int>(blockIdx.x));
   const float factor = f.scale * kLog2e;
   const auto load = [&](float* to, const void* data, const AttentionRows& strides, int head, int64_t first, int64_t rows) {
     load_fma_rows<kRows>(to, f.dtype, data, strides, at.batch, head, first, rows, d);
@@ -113,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_fma_kernel(const __grid_
       const int query_head = kOwnsKeys ? head : at.head;
       const QueryNumbers numbers = query_numbers(p, at.batch, query_head, query);
       const float score = dot(own1 + row * pitch, walked1 + column * pitch, d) * factor;
-      const float weight = exp2f(fma_score(f, at.batch, query_head, query, key, score) - numbers.shift);
+      const float weight = exp2f(finish_score(f, at.batch, query_head, query, key, score) - numbers.shift);
       weights[row * kPitch + column] = weight;
       slopes[row * kPitch + column] = weight * (dot(own2 + row * pitch, walked2 + column * pitch, d) - numbers.delta);
     }
@@ -157,11 +161,11 @@ __global__ void __launch_bounds__(kThreads, 2) bias_fma_kernel(const __grid_cons
   float* const slopes = values + kRows * pitch;
   const int row = static_cast<int>(threadIdx.x) / kLanes, lane = static_cast<int>(threadIdx.x) % kLanes;
   const BiasBlock block = bias_block(p, kRows, kRows);
-  const auto next = [&](int64_t step) { return next_bias_step(f, block, step, kRows, kRows); };
+  const auto next = [&](int step) { return next_bias_step(f, block, step, kRows, kRows); };
 
   float sum[kEach] = {};
 #pragma unroll 1
-  for (int64_t step = next(0); step < block.steps; step = next(step + 1)) {
+  for (int step = next(0); step < block.steps; step = next(step + 1)) {
     const BiasStep tile = bias_step(f, block, step, kRows, kRows);
     const QueryBlock& at = tile.at;
     __syncthreads();  // the last tile is used
@@ -175,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, 2) bias_fma_kernel(const __grid_cons
     for (int i = 0; i < kEach; ++i) {
       const int column = i * kLanes + lane;
       const float score = dot(queries + row * pitch, keys + column * pitch, d) * (f.scale * kLog2e);
-      const float weight = exp2f(fma_score(f, at.batch, at.head, at.first + row, tile.key + column, score) - numbers.shift);
+      const float weight = exp2f(finish_score(f, at.batch, at.head, at.first + row, tile.key + column, score) - numbers.shift);
       sum[i] = fmaf(weight, dot(grads + row * pitch, values + column * pitch, d) - numbers.delta, sum[i]);
     }
   }

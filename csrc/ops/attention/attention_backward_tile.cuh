@@ -33,36 +33,35 @@ inline AttentionAccess access_of(const AttentionBackwardParams& p) {
 
 // Rows [first, first + rows) of head `head`; walks over `tiles` tiles of rows from `begin` on, in each of `walked_heads` heads.
 struct GradientBlock {
-  int batch, head, rows, walked_head, walked_heads, tiles;
-  int64_t first, begin;
+  int batch, head, first, rows, walked_head, walked_heads, begin, tiles;
 };
 
 // Tiles innermost, as in query_block; under causality those that walk farthest first.
 template <Pass kPass>
-__device__ __forceinline__ GradientBlock gradient_block(const AttentionParams& p, int rows, int walked) {
+__device__ __forceinline__ GradientBlock gradient_block(const AttentionParams& p, int rows, int walked, int unit) {
   constexpr bool kOwnsKeys = owns_keys(kPass);
-  const int64_t own = kOwnsKeys ? p.m : p.n;
+  const int n = static_cast<int>(p.n), m = static_cast<int>(p.m), own = kOwnsKeys ? m : n;  // below 2^30: gradient_grid
   const int heads = static_cast<int>(kOwnsKeys ? p.kv_heads : p.heads), group = static_cast<int>(p.heads / p.kv_heads);
-  const int blocks = static_cast<int>((own + rows - 1) / rows), unit = static_cast<int>(blockIdx.x), block = unit % blocks;
+  const int blocks = (own + rows - 1) / rows, block = unit % blocks;
   GradientBlock at;
   at.head = unit / blocks % heads;
   at.batch = unit / blocks / heads;
   at.walked_head = kOwnsKeys ? at.head * group : at.head / group;
   at.walked_heads = kOwnsKeys ? group : 1;
-  at.first = static_cast<int64_t>(p.causal && !kOwnsKeys ? blocks - 1 - block : block) * rows;
-  at.rows = own - at.first < rows ? static_cast<int>(own - at.first) : rows;
+  at.first = (p.causal && !kOwnsKeys ? blocks - 1 - block : block) * rows;
+  at.rows = own - at.first < rows ? own - at.first : rows;
   at.begin = 0;
-  int64_t end = kOwnsKeys ? p.n : p.m;
+  int end = kOwnsKeys ? n : m;
   if (p.causal) {
     if (kOwnsKeys) {
-      const int64_t sees = at.first + p.n - p.m;  // the first query that sees the first key
+      const int sees = at.first + n - m;  // the first query that sees the first key
       at.begin = sees < 0 ? 0 : sees;
     } else {
-      const int64_t seen = at.first + at.rows + p.m - p.n;
+      const int seen = at.first + at.rows + m - n;
       end = seen < end ? seen : end;
     }
   }
-  at.tiles = end > at.begin ? static_cast<int>((end - at.begin + walked - 1) / walked) : 0;
+  at.tiles = end > at.begin ? (end - at.begin + walked - 1) / walked : 0;
   return at;
 }
 template <Pass kPass>
@@ -70,6 +69,7 @@ unsigned gradient_grid(const AttentionParams& p, int rows) {
   const int64_t own = owns_keys(kPass) ? p.m : p.n, heads = owns_keys(kPass) ? p.kv_heads : p.heads;
   const int64_t blocks = (own + rows - 1) / rows * heads * p.batch;
   check(blocks < (int64_t{1} << 31), "q, k: got ", blocks, " blocks of ", rows, " rows, supported: fewer than 2^31");
+  check(p.n < (1 << 30) && p.m < (1 << 30), "q, k: got ", p.n, " and ", p.m, " rows, supported: fewer than 2^30");
   return static_cast<unsigned>(blocks);
 }
 
@@ -85,15 +85,31 @@ __device__ __forceinline__ QueryNumbers query_numbers(const AttentionBackwardPar
   return {f.lse[at] == kMinusInfinity ? -kMinusInfinity : f.lse[at] * kLog2e, p.delta[at]};
 }
 
-// finish_scores of attention_tile.cuh for one key and one query.
+// One key's bias and mask from query `first_query` of a head on; queries begin ... end - 1 from there see it.
+struct KeyTerms {
+  const void* bias;
+  const uint8_t* mask;
+  int begin, end;
+};
+__device__ __forceinline__ KeyTerms key_terms(const AttentionParams& p, int batch, int head, int first_query, int key) {
+  const int n = static_cast<int>(p.n), m = static_cast<int>(p.m);
+  KeyTerms terms{nullptr, nullptr, p.causal ? key + n - m - first_query : 0, key < m ? n - first_query : 0};
+  if (p.bias) {
+    const int64_t element = batch * p.bias_at.batch + head * p.bias_at.head + first_query * p.bias_at.row + key;
+    terms.bias = static_cast<const char*>(p.bias) + element * (p.bias_dtype == DType::F32 ? 4 : 2);
+  }
+  if (p.mask) terms.mask = row_at(p.mask, p.mask_at, batch, head, first_query) + key;
+  return terms;
+}
+// What finish_scores does, for query `query` of these.
 template <class S>
-__device__ __forceinline__ float finish_score(const AttentionParams& p, int batch, int head, int64_t query, int64_t key, float x) {
-  if (query >= p.n || key >= p.m || (p.causal && key > query + p.m - p.n)) return kMinusInfinity;
-  if (p.mask && !row_at(p.mask, p.mask_at, batch, head, query)[key]) return kMinusInfinity;
+__device__ __forceinline__ float finish_key_score(const AttentionParams& p, const KeyTerms& terms, int query, float x) {
+  if (query < terms.begin || query >= terms.end) return kMinusInfinity;
+  if (p.mask && !terms.mask[query * p.mask_at.row]) return kMinusInfinity;
   if (!p.bias) return x;
-  const float bias = p.bias_dtype == DType::F32 ? row_at(static_cast<const float*>(p.bias), p.bias_at, batch, head, query)[key]
-                                                : widen(row_at(static_cast<const S*>(p.bias), p.bias_at, batch, head, query)[key]);
-  return fmaf(bias, kLog2e, x);
+  const int64_t at = query * p.bias_at.row;
+  return fmaf(p.bias_dtype == DType::F32 ? static_cast<const float*>(terms.bias)[at] : widen(static_cast<const S*>(terms.bias)[at]), kLog2e,
+              x);
 }
 
 // ---- the gradient of a bias --------------------------------------------------------------------------------------------------------
@@ -109,7 +125,7 @@ __host__ __device__ inline BiasExtent bias_tiles(const AttentionParams& p, int q
 
 struct BiasBlock {
   BiasExtent first, count;  // the first of each dimension, and how many from there
-  int64_t steps;
+  int steps;
 };
 __device__ __forceinline__ BiasBlock bias_block(const AttentionBackwardParams& p, int queries, int keys) {
   const BiasExtent all = bias_tiles(p.forward, queries, keys);
@@ -124,15 +140,15 @@ __device__ __forceinline__ BiasBlock bias_block(const AttentionBackwardParams& p
   take(p.dbias_at.row, all.query, block.first.query, block.count.query);
   take(p.dbias_at.head, all.head, block.first.head, block.count.head);
   take(p.dbias_at.batch, all.batch, block.first.batch, block.count.batch);
-  block.steps = static_cast<int64_t>(block.count.key) * block.count.query * block.count.head * block.count.batch;
+  block.steps = block.count.key * block.count.query * block.count.head * block.count.batch;
   return block;
 }
 inline unsigned bias_grid(const AttentionBackwardParams& p, int queries, int keys) {
   const BiasExtent all = bias_tiles(p.forward, queries, keys);
-  const int64_t blocks = (p.dbias_column ? int64_t{all.key} : 1) * (p.dbias_at.row ? all.query : 1) * (p.dbias_at.head ? all.head : 1) *
-                         (p.dbias_at.batch ? all.batch : 1);
-  check(blocks < (int64_t{1} << 31), "bias: got ", blocks, " blocks of ", queries, " x ", keys, ", supported: fewer than 2^31");
-  return static_cast<unsigned>(blocks);
+  const int64_t tiles = int64_t{all.key} * all.query * all.head * all.batch;
+  check(tiles < (int64_t{1} << 31), "bias: got ", tiles, " tiles of ", queries, " x ", keys, " scores, supported: fewer than 2^31");
+  return static_cast<unsigned>((p.dbias_column ? all.key : 1) * (p.dbias_at.row ? all.query : 1) * (p.dbias_at.head ? all.head : 1) *
+                               (p.dbias_at.batch ? all.batch : 1));
 }
 
 // Tile `step` of a block: queries `at` against the keys from `key` on.
@@ -140,20 +156,20 @@ struct BiasStep {
   QueryBlock at;
   int64_t key;
 };
-__device__ __forceinline__ BiasStep bias_step(const AttentionParams& p, const BiasBlock& block, int64_t step, int queries, int keys) {
+__device__ __forceinline__ BiasStep bias_step(const AttentionParams& p, const BiasBlock& block, int step, int queries, int keys) {
   BiasStep tile;
-  tile.key = (block.first.key + step % block.count.key) * keys;
+  tile.key = static_cast<int64_t>(block.first.key + step % block.count.key) * keys;
   step /= block.count.key;
-  tile.at.first = (block.first.query + step % block.count.query) * queries;
+  tile.at.first = static_cast<int64_t>(block.first.query + step % block.count.query) * queries;
   tile.at.rows = p.n - tile.at.first < queries ? static_cast<int>(p.n - tile.at.first) : queries;
   step /= block.count.query;
-  tile.at.head = block.first.head + static_cast<int>(step % block.count.head);
+  tile.at.head = block.first.head + step % block.count.head;
   tile.at.kv_head = tile.at.head / static_cast<int>(p.heads / p.kv_heads);
-  tile.at.batch = block.first.batch + static_cast<int>(step / block.count.head);
+  tile.at.batch = block.first.batch + step / block.count.head;
   return tile;
 }
 // The first step from `step` on in which some query sees some key.
-__device__ __forceinline__ int64_t next_bias_step(const AttentionParams& p, const BiasBlock& block, int64_t step, int queries, int keys) {
+__device__ __forceinline__ int next_bias_step(const AttentionParams& p, const BiasBlock& block, int step, int queries, int keys) {
   while (step < block.steps) {
     const BiasStep tile = bias_step(p, block, step, queries, keys);
     if (tile.key < visible_keys(p, tile.at)) break;

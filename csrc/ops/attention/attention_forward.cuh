@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(forward_tile(kKind, kWidth).threads(), forward
     forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ AttentionAccess wide) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   constexpr ForwardTile kTile = forward_tile(kKind, kWidth);
-  constexpr int kPitch = pitch_of(kWidth), kColumnTiles = kWidth / 8, kKeys = kTile.keys, kKeyTiles = kKeys / 8, kRowTiles = kTile.row_tiles;
+  constexpr int kPitch = pitch_of(kWidth), kColumnTiles = kWidth / 8, kKeys = kTile.keys, kKeyTiles = kKeys / 8,
+                kRowTiles = kTile.row_tiles;
   constexpr int kThreads = kTile.threads(), kQueries = kTile.queries();
   GF_DYNAMIC_SHARED(S, queries);
   S* const keys = queries + kQueries * kPitch;

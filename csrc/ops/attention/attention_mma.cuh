@@ -14,7 +14,8 @@ constexpr int next_narrower(int width) {
   return narrower;
 }
 
-// Whether 16-column step s of a head of d columns, or its upper half, holds anything; certain where a narrower kernel could not have served.
+// Whether 16-column step s of a head of d columns, or its upper half, holds anything; certain where a narrower kernel could not have
+// served.
 template <int kWidth>
 __device__ __forceinline__ bool has_step(int s, int d) {
   return 16 * s < next_narrower(kWidth) || 16 * s < d;
@@ -105,7 +106,8 @@ __device__ __forceinline__ void store_rows(const float (&out)[kRowTiles][kWidth 
     for (int half = 0; half < 2; ++half) {
       S* row = own + (16 * r + 8 * half + g) * pitch_of(kWidth) + 2 * t;
 #pragma unroll
-      for (int j = 0; j < kWidth / 8; ++j) *reinterpret_cast<uint32_t*>(row + 8 * j) = pack<S>(out[r][j][2 * half], out[r][j][2 * half + 1]);
+      for (int j = 0; j < kWidth / 8; ++j)
+        *reinterpret_cast<uint32_t*>(row + 8 * j) = pack<S>(out[r][j][2 * half], out[r][j][2 * half + 1]);
     }
   }
   __syncwarp();

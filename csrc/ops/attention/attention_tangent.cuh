@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kTangentThreads, 2)
   const AttentionParams& p = all.forward;
   constexpr int kPitch = pitch_of(kWidth), kSteps = kWidth / 16, kKeys = tangent_keys(kWidth), kKeyTiles = kKeys / 8;
   constexpr int kTile = kKeys * kPitch, kQueryTile = kTangentQueries * kPitch;
-  GF_DYNAMIC_SHARED(S, queries);  // q, tq
+  GF_DYNAMIC_SHARED(S, queries);             // q, tq
   S* const keys = queries + 2 * kQueryTile;  // k, tk
   S* const values = keys + 2 * kTile;        // v, tv
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
