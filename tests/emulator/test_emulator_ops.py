@@ -153,7 +153,8 @@ def test_a_sample_alone_equals_the_sample_in_a_batch(emulated: Any) -> None:
 
 def run_these_files(library: dict[str, str], preload: str = "", only: str = "") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **library, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
-    files = [__file__, str(Path(__file__).with_name("test_emulator_attention.py"))]
+    folder = Path(__file__).parent
+    files = [__file__, *(str(folder / f"test_emulator_attention{part}.py") for part in ("", "_backward"))]
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", only, *files]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
 
@@ -189,8 +190,13 @@ def test_address_sanitizer_sees_a_kernel_read_out_of_bounds() -> None:
             "test_solver_step and rescale",
         ),
         ("ops/attention/attention_forward.cuh", "key + kKeys > p.m || ", "", "test_every_head"),
+        ("ops/attention/attention_forward.cuh", "    __syncthreads();  // the keys are there", "    //", "test_every_head"),
+        (
+            *("ops/attention/attention_backward.cuh", "cp_async_wait_all();\n    __syncthreads();  // walked1", "__syncthreads();  //"),
+            "test_every_head",
+        ),
     ],
-    ids=["fold without a barrier", "sum in another order", "keys beyond the last"],
+    ids=["fold without a barrier", "sum in another order", "keys beyond the last", "loop without a barrier", "copy without a wait"],
 )
 def test_a_planted_bug_fails(file: str, text: str, replacement: str, only: str) -> None:
     path = emulator_build.library(mutation=(file, text, replacement))

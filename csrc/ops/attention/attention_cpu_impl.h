@@ -2,41 +2,10 @@
 // scores of a block of queries stay in the first-level cache. An Engine says how the two products are made and in what form keys,
 // values and weights lie; the softmax between them is the same for all.
 #pragma once
-#include "../../core/vec_softmax.h"
-#include "attention_cpu.h"
+#include "attention_cpu_fma.h"
 
 namespace genfast {
 namespace {
-
-// x where the byte of a mask is not zero, else -inf; of `count` bytes, beyond which it is -inf too.
-GF_INLINE VFloat where_seen(const uint8_t* p, int64_t count, VFloat x) {
-#if defined(__AVX512F__)
-  const auto few = static_cast<__mmask16>(count >= kLanes ? 0xffffu : (1u << count) - 1);
-  const __m128i bytes = _mm_maskz_loadu_epi8(few, p);
-  return (VFloat)_mm512_mask_mov_ps((__m512)splat(kMinusInfinity), _mm_test_epi8_mask(bytes, bytes), (__m512)x);
-#else
-  uint8_t whole[kLanes] = {};
-  __builtin_memcpy(whole, p, count < kLanes ? static_cast<size_t>(count) : sizeof whole);
-#if defined(__AVX2__)
-  const VInt seen = (VInt)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(whole)));
-#else
-  VInt seen;
-  for (int i = 0; i < kLanes; ++i) seen[i] = whole[i];
-#endif
-  return (seen != 0) ? x : splat(kMinusInfinity);
-#endif
-}
-
-constexpr int64_t round_up(int64_t a, int64_t to) {
-  return (a + to - 1) / to * to;
-}
-
-template <class T>
-GF_INLINE T* take(char*& at, int64_t count) {
-  T* p = reinterpret_cast<T*>(at);
-  at += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-  return p;
-}
 
 // What a block of queries works on. Rows beyond the last query hold zeros.
 template <class Engine>
@@ -82,13 +51,6 @@ GF_INLINE float finish_scores(float* s, int64_t keys, int64_t visible, float sca
     most = (x > most) ? x : most;
   }
   return largest(most);
-}
-
-template <class B>
-GF_INLINE void fetch(const B* p, int64_t count) {
-  const char* at = reinterpret_cast<const char*>(p);
-  const int64_t bytes = (count < kKeyBlock ? count : kKeyBlock) * static_cast<int64_t>(sizeof(B));
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
 }
 
 template <class Engine, class T, class B, bool kBias, bool kMask>
@@ -200,105 +162,6 @@ size_t scratch_bytes_of(const AttentionParams& p) {
   alignas(64) char* base = nullptr;
   return static_cast<size_t>(Block<Engine>(p, base).end - base);
 }
-
-// Products by fused multiply-adds: everything is widened to float32 when it is packed.
-struct FmaEngine {
-  using Operand = float;
-  static constexpr int kQueries = kFmaQueries;
-  static constexpr bool kScaled = true;  // queries carry the scale
-  static constexpr bool kShortExp = false;
-  static constexpr int kRows = 6;  // a tile of 6 x kColumns vectors of sums leaves registers for its operands
-#if defined(__AVX512F__)
-  static constexpr int kColumns = 4;
-#else
-  static constexpr int kColumns = 2;
-#endif
-  static constexpr int kKeyGroup = kColumns * kLanes;
-  static int64_t depth(int64_t d) { return d; }
-  static int64_t width(int64_t d) { return round_up(d, kLanes); }
-  static float* weights(float* scores, char*&) { return scores; }
-  static GF_INLINE void store_weight(float* p, VFloat v) { store(p, v); }
-  static void clear_weights(float*, int64_t) {}  // add_values reads no further than the keys
-
-  template <class T>
-  static void load_queries(float* to, const T* q, int64_t stride, int64_t rows, int64_t rows_padded, int64_t d, float scale) {
-    for (int64_t r = 0; r < rows_padded; ++r) {
-      for (int64_t c = 0; c < d; c += kLanes) {
-        store_first(to + r * d + c, r < rows ? load_first(q + r * stride + c, d - c) * scale : VFloat{}, d - c);
-      }
-    }
-  }
-
-  // Panels of kKeyGroup keys: (panel, d, kKeyGroup).
-  template <class T>
-  static void pack_keys(float* to, const T* k, int64_t stride, int64_t m, int64_t d) {
-    for (int64_t first = 0; first < m; first += kKeyGroup) {
-      const int64_t keys = m - first < kKeyGroup ? m - first : kKeyGroup;
-      float* panel = to + first * d;
-      for (int64_t c = 0; c < d; c += kLanes) {
-        const int64_t columns = d - c < kLanes ? d - c : kLanes;
-        for (int64_t j = 0; j < kKeyGroup; j += kLanes) {
-          VFloat v[kLanes];
-          for (int i = 0; i < kLanes; ++i) v[i] = j + i < keys ? load_first(k + (first + j + i) * stride + c, columns) : VFloat{};
-          transpose(v);
-          for (int64_t x = 0; x < columns; ++x) store(panel + (c + x) * kKeyGroup + j, v[x]);
-        }
-      }
-    }
-  }
-
-  template <class T>
-  static void pack_values(float* to, const T* v, int64_t stride, int64_t m, int64_t d) {
-    const int64_t w = width(d);
-    for (int64_t i = 0; i < m; ++i) {
-      for (int64_t c = 0; c < d; c += kLanes) store(to + i * w + c, load_first(v + i * stride + c, d - c));
-    }
-  }
-
-  // c (kRows, N vectors) = or += a (kRows, depth) b (depth, N vectors)
-  template <int N, bool kAdd>
-  static GF_INLINE void tile(const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t depth) {
-    VFloat sum[kRows][N];
-    unroll<kRows>([&]<int r>() { unroll<N>([&]<int n>() { sum[r][n] = kAdd ? load<float>(c + r * c_row + n * kLanes) : VFloat{}; }); });
-    for (int64_t k = 0; k < depth; ++k) {
-      VFloat column[N];
-      unroll<N>([&]<int n>() { column[n] = load<float>(b + k * b_row + n * kLanes); });
-      unroll<kRows>([&]<int r>() {
-        const VFloat x = splat(a[r * a_row + k]);
-        unroll<N>([&]<int n>() { sum[r][n] = fma_lanes(x, column[n], sum[r][n]); });
-      });
-    }
-    unroll<kRows>([&]<int r>() { unroll<N>([&]<int n>() { store(c + r * c_row + n * kLanes, sum[r][n]); }); });
-  }
-
-  static void score(const float* q, const float* keys, float* scores, int64_t rows, int64_t count, int64_t depth) {
-    for (int64_t j = 0; j < count; j += kKeyGroup) {
-      for (int64_t r = 0; r < rows; r += kRows) {
-        tile<kColumns, false>(q + r * depth, depth, keys + j * depth, kKeyGroup, scores + r * kKeyBlock + j, kKeyBlock, depth);
-      }
-    }
-  }
-
-  static void add_values(const float* weights, const float* values, float* out, int64_t rows, int64_t keys, int64_t width) {
-    const auto columns = [&]<int N>(int64_t c) {
-      for (int64_t r = 0; r < rows; r += kRows) {
-        tile<N, true>(weights + r * kKeyBlock, kKeyBlock, values + c, width, out + r * width + c, width, keys);
-      }
-    };
-    int64_t vectors = width / kLanes, c = 0;
-    for (int64_t tiles = (vectors + kColumns - 1) / kColumns; tiles > 0; --tiles) {  // as even as they can be
-      const int64_t now = (vectors + tiles - 1) / tiles;
-      if (now == 1) columns.template operator()<1>(c);
-      if (now == 2) columns.template operator()<2>(c);
-      if constexpr (kColumns > 2) {
-        if (now == 3) columns.template operator()<3>(c);
-        if (now == 4) columns.template operator()<4>(c);
-      }
-      c += now * kLanes;
-      vectors -= now;
-    }
-  }
-};
 
 [[maybe_unused]] size_t fma_scratch_bytes(const AttentionParams& p) {
   return scratch_bytes_of<FmaEngine>(p);

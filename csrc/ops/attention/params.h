@@ -27,4 +27,17 @@ struct AttentionParams {
   DType bias_dtype;
 };
 
+struct AttentionBackwardParams {
+  AttentionParams forward;  // with the o and the lse that it gave, which are read
+  const void* grad_o;       // (batch, heads, n, d)
+  const float* grad_lse;    // (batch, heads, n), dense, or nullptr
+  void* dq;                 // (batch, heads, n, d)
+  void* dk;                 // (batch, kv_heads, m, d)
+  void* dv;                 // (batch, kv_heads, m, d)
+  float* dbias;             // the bias's own shape, dense: each dimension whole, or 1 and summed over; or nullptr
+  float* delta;             // (batch, heads, n), dense, to work in: sum(grad_o o) - grad_lse
+  AttentionRows grad_o_at, dq_at, dk_at, dv_at, dbias_at;
+  int64_t dbias_column;  // stride of dbias along the keys: 1, or 0 where they are summed over
+};
+
 }  // namespace genfast
