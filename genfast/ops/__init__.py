@@ -1,6 +1,7 @@
 """The operators: checks, kernels, derivatives. Same names and signatures as `genfast.reference`, which specifies them."""
 
 from .attention import attention, attention_jvp, explain_attention
+from .attention_decode import attention_decode
 from .bias_act import bias_act
 from .bn_act import bn_act
 from .conv2d_resample import conv2d_resample
@@ -17,6 +18,7 @@ from .upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample
 
 __all__ = [
     "attention",
+    "attention_decode",
     "attention_jvp",
     "bias_act",
     "bn_act",

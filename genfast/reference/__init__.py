@@ -1,6 +1,7 @@
 """The operators in pure PyTorch: the specification that the kernels are tested against, and the fallback without them."""
 
 from .attention import attention
+from .attention_decode import attention_decode
 from .bias_act import bias_act
 from .bn_act import bn_act
 from .conv2d_resample import conv2d_resample
@@ -17,6 +18,7 @@ from .upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample
 
 __all__ = [
     "attention",
+    "attention_decode",
     "bias_act",
     "bn_act",
     "conv2d_resample",

@@ -3,6 +3,7 @@
 from genfast.testing.spec import OpSpec
 
 from .attention import ATTENTION
+from .attention_decode import ATTENTION_DECODE
 from .bias_act import BIAS_ACT
 from .bn_act import BN_ACT
 from .conv2d_resample import CONV2D_RESAMPLE
@@ -20,4 +21,5 @@ from .upfirdn2d import UPFIRDN2D
 _STEPS = (NORMAL, UNIFORM, SOLVER_STEP_, SOLVER_STEP)
 _CONVOLUTIONS = (CONV2D_RESAMPLE, MODULATED_CONV2D, FILTERED_LRELU)
 _PASSES = (BIAS_ACT, BN_ACT, GROUP_NORM_SILU, MODULATE_BIAS_ACT, UPFIRDN2D, PIXEL_NORM, MINIBATCH_STDDEV)
-SPECS: dict[str, OpSpec] = {spec.name: spec for spec in (*_STEPS, *_PASSES, *_CONVOLUTIONS, ATTENTION, QKNORM_ROPE, QKNORM_ROPE_ATTENTION)}
+_ATTENTION = (ATTENTION, ATTENTION_DECODE, QKNORM_ROPE, QKNORM_ROPE_ATTENTION)
+SPECS: dict[str, OpSpec] = {spec.name: spec for spec in (*_STEPS, *_PASSES, *_CONVOLUTIONS, *_ATTENTION)}
