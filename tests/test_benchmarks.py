@@ -97,3 +97,12 @@ def test_quick_attention_writes_rows(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "attention-cpu.jsonl").read_text().splitlines()]
     assert {row["variant"] for row in rows} == {"genfast", "sdpa", "reference"}
     assert all(row["median_us"] > 0 and row["tflops"] > 0 for row in rows)
+
+
+def test_quick_qknorm_writes_rows(tmp_path: Path) -> None:
+    """Every variant computes the same, or the suite stops."""
+    command = [sys.executable, "-m", "benchmarks.run", "--quick", "--device", "cpu", "--out", str(tmp_path), "--suite", "qknorm"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    rows = [json.loads(line) for line in (tmp_path / "qknorm-cpu.jsonl").read_text().splitlines()]
+    assert {row["variant"] for row in rows} == {"genfast", "eager", "reference", "copy"}
+    assert all(row["median_us"] > 0 for row in rows)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from genfast.models import store
-from genfast.nn import Attention, Downsample, ResBlock, TimeEmbedding, Upsample
+from genfast.nn import AttentionBlock, Downsample, ResBlock, TimeEmbedding, Upsample
 from genfast.nn.layers import group_norm, zero_
 
 
@@ -69,7 +69,7 @@ class UNet(nn.Module):
     def _block(self, channels: int, out_channels: int, level: int) -> nn.ModuleList:
         layers: list[nn.Module] = [ResBlock(channels, out_channels, 4 * self.config.channels[0])]
         if self.config.attention[level]:
-            layers.append(Attention(out_channels, self.config.head_dim))
+            layers.append(AttentionBlock(out_channels, self.config.head_dim))
         return nn.ModuleList(layers)
 
     @property

@@ -15,8 +15,8 @@ from genfast.reference.qknorm_rope import split_heads, turned
 
 from . import _backend
 from ._autograd import refuse_lost_derivatives, wanted
-from ._checks import check_dtype, readable, refusal
-from .attention import attention
+from ._checks import check_dtype, refusal
+from .attention import _heads_last, _straight, _unit, _untracked, attention
 
 __all__ = ["qknorm_rope", "qknorm_rope_attention", "rope_table"]
 
@@ -213,19 +213,9 @@ def _plain(
 
 def _call_forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *tensors, options = rest
-    # Where nobody watches the operators, the dispatcher, which costs as much as a small call, is left out.
-    run = _forward if readable(q) and type(q) is Tensor else torch.ops.genfast.qknorm_rope
+    run = _untracked(_forward) if _straight(q, *(t for t in tensors if t is not None)) else torch.ops.genfast.qknorm_rope
     q_out, k_out = run(q, *tensors, *options.codes)
     return q_out, k_out
-
-
-def _heads_last(like: Tensor) -> Tensor:
-    b, h, n, d = like.shape
-    return like.new_empty(b, n, h, d).transpose(1, 2)
-
-
-def _unit(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def _run(
@@ -361,16 +351,6 @@ def _qknorm_rope_(
         out.copy_(g)
         if sums is not None:
             sums.copy_(torch.stack([t.double().sum((0, 2)).sum_to_size(sums.shape[1:]) for t in (dy * u, dy)]))
-
-
-def _untracked(run: Any) -> Any:
-    """The results lie transposed; marked as views they would make a tangent of another layout an error."""
-
-    def kernel(*arguments: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)):
-            return run(*arguments)
-
-    return kernel
 
 
 _backend.define(
