@@ -144,7 +144,7 @@ def _group_norm_composite(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def gan_cases(scale: int = 1) -> list[GanCase]:
-    """The shapes of issue and docs; ``scale`` divides the sides, and a convolution's channels. What only differs in layout is timed beside less."""
+    """The shapes of docs/gan-ops.md; ``scale`` divides the sides, and a convolution's channels. A second layout is timed beside less."""
     last, alone = torch.channels_last, ("reference",)
 
     def shape(batch: int, channels: int, side: int) -> tuple[int, int, int, int]:

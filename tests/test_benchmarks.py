@@ -83,7 +83,20 @@ def test_the_tables_are_what_the_rows_say() -> None:
 
 def test_quick_gan_writes_rows(tmp_path: Path) -> None:
     """Every variant computes the same, or the suite stops."""
-    command = [sys.executable, "-m", "benchmarks.run", "--quick", "--device", "cpu", "--out", str(tmp_path), "--suite", "gan"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.run",
+        "--quick",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+        "--suite",
+        "gan",
+        "--threads",
+        "1",
+    ]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     rows = [json.loads(line) for line in (tmp_path / "gan-cpu.jsonl").read_text().splitlines()]
     composites = {"conv_transpose2d", "conv2d", "separable conv2d", "batch_norm, relu", "group_norm, silu"}
