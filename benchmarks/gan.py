@@ -227,7 +227,7 @@ def time_case(case: GanCase, backward: bool, device: str, threads: int, command:
         device=device,
         rounds=3 if quick else 9,
         round_seconds=0.005 if quick else 0.05,
-        slow_seconds=4.0,
+        slow_seconds=2.5,
         quiet=not quick,
     )
     facts = timing.environment(device) | {"command": command}
