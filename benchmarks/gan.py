@@ -160,17 +160,14 @@ def gan_cases(scale: int = 1) -> list[GanCase]:
         return GanCase(f"modulated_conv2d, {name}", x, _modulated(up), parameters, composites, layout, beside)
 
     norm, transposed = {"torch": _batch_norm}, {"torch": _transposed}
-    side = 64 // scale
+    around = [(128,), (8, 128), (8, 1, 64 // scale, 64 // scale)]
     return [
         GanCase("bias_act, lrelu, clamp 256", shape(8, 64, 128), _bias_act("lrelu", 256.0), [(64,)], {}),
         GanCase("bias_act, lrelu", shape(8, 64, 128), _bias_act("lrelu", None), [(64,)], {}),
         GanCase("bias_act, lrelu, channels last", shape(8, 64, 128), _bias_act("lrelu", None), [(64,)], {}, last, alone),
         GanCase("bias_act, swish", shape(8, 64, 128), _bias_act("swish", None), [(64,)], {}, beside=alone),
-        GanCase("modulate_bias_act, lrelu, clamp 256", shape(8, 128, 64), _modulate, [(128,), (8, 128), (8, 1, side, side)], {}),
-        GanCase(
-            *("modulate_bias_act, lrelu, clamp 256, channels last", shape(8, 128, 64), _modulate),
-            *([(128,), (8, 128), (8, 1, side, side)], {}, last, alone),
-        ),
+        GanCase("modulate_bias_act, lrelu, clamp 256", shape(8, 128, 64), _modulate, around, {}),
+        GanCase("modulate_bias_act, lrelu, clamp 256, channels last", shape(8, 128, 64), _modulate, around, {}, last, alone),
         layer("3x3, channels last", 512, 16, 1, last, ("reference", "compiled")),
         layer("3x3", 256, 64, 1, torch.contiguous_format),
         layer("3x3, channels last", 256, 64, 1, last),
@@ -183,8 +180,7 @@ def gan_cases(scale: int = 1) -> list[GanCase]:
         GanCase("bn_act, relu", shape(32, 64, 64), _bn, [(64,)] * 2, norm),
         GanCase("bn_act, relu, channels last", shape(32, 64, 64), _bn, [(64,)] * 2, norm, last, ()),
         GanCase(
-            *("group_norm_silu, channels last", shape(16, 128, 32), _group_norm, [(128,)] * 2),
-            *({"torch": _group_norm_composite}, last, ()),
+            "group_norm_silu, channels last", shape(16, 128, 32), _group_norm, [(128,)] * 2, {"torch": _group_norm_composite}, last, ()
         ),
     ]
 
