@@ -86,8 +86,7 @@ __global__ void __launch_bounds__(256, kBackward ? 2 : 3) planes_kernel(const __
     T noise[N]{}, g[N]{};
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (p.noise && i < span.count)
-        noise[i] = static_cast<const T*>(p.noise)[(p.noise_of_all ? 0 : sample) * p.inner + span.element + i];
+      if (p.noise && i < span.count) noise[i] = static_cast<const T*>(p.noise)[(p.noise_of_all ? 0 : sample) * p.inner + span.element + i];
     }
     for (int64_t c = static_cast<int64_t>(blockIdx.y) * kWarps + warp; c < p.channels; c += static_cast<int64_t>(gridDim.y) * kWarps) {
       const int64_t row = sample * p.channels + c;
@@ -233,7 +232,8 @@ void launch_modulate_bias_act_cuda(const ModulateParams& p, void* stream) {
       vector ? launch<S, true, true>(p, plan, stream) : launch<S, false, true>(p, plan, stream);
       add_up(p.sums, static_cast<const T*>(p.partial), kModulateSums * p.batch * p.channels, plan.parts, stream);
       if (p.grad_noise)
-        add_up(static_cast<T*>(p.grad_noise), static_cast<const T*>(partial_noise<T>(p, plan.parts)), p.batch * p.inner, plan.noise_parts, stream);
+        add_up(static_cast<T*>(p.grad_noise), static_cast<const T*>(partial_noise<T>(p, plan.parts)), p.batch * p.inner, plan.noise_parts,
+               stream);
     } else {
       vector ? launch<S, true, false>(p, plan, stream) : launch<S, false, false>(p, plan, stream);
     }

@@ -6,9 +6,9 @@ namespace genfast {
 
 struct ModulateTask {
   ModulateParams p;
-  void* partial;  // T (units, 3, channels), or nullptr: forward
-  int64_t chunk;  // pixels of a unit
-  int64_t chunks; // of a sample
+  void* partial;   // T (units, 3, channels), or nullptr: forward
+  int64_t chunk;   // pixels of a unit
+  int64_t chunks;  // of a sample
 };
 
 struct ModulateKernels {

@@ -125,11 +125,10 @@ void pixels_of(const ModulateTask& t, const Curves<T>& curves, int64_t sample, i
     Vec<T> all{};
     const auto step = [&]<bool kWhole>(int64_t c) __attribute__((always_inline)) {
       const int64_t n = channels - c;
-      const Modulation<T> m{scale ? load_some<kWhole, T>(scale + c, n) : splat(T(1)),
-                            b ? shift + load_some<kWhole, T>(b + c, n) : shift,
+      const Modulation<T> m{scale ? load_some<kWhole, T>(scale + c, n) : splat(T(1)), b ? shift + load_some<kWhole, T>(b + c, n) : shift,
                             post ? load_some<kWhole, T>(post + c, n) : splat(T(1))};
-      ModulateResult<T> r = modulate<T, kBackward>(curves, m, post, load_some<kWhole, T>(x + c, n),
-                                                   kBackward ? load_some<kWhole, T>(dy + c, n) : Vec<T>{});
+      ModulateResult<T> r =
+          modulate<T, kBackward>(curves, m, post, load_some<kWhole, T>(x + c, n), kBackward ? load_some<kWhole, T>(dy + c, n) : Vec<T>{});
       store_some<kWhole, T>(out + c, r.out, n);
       if constexpr (!kBackward) return;
       const Vec<T> terms[kModulateSums] = {r.g, r.gx, r.post};
