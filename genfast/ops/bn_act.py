@@ -76,6 +76,7 @@ def bn_act(
     return norm_act(x, weight, bias, residual, statistics, chosen, plain)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _merged(moments: Tensor, count: float, process_group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """Moments and number of elements of all ranks, the same bits on each of them (Chan et al. 1983). A rank may have no element."""
     mine = torch.cat([moments.flatten(), moments.new_full((1,), count)])

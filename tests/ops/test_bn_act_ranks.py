@@ -15,6 +15,7 @@ from genfast.nn import ConvBlock
 
 SIZES = (3, 1)  # samples of each rank
 SHAPE = (5, 4, 3)
+Ranks = tuple[list[list[list[Tensor]]], list[Tensor], list[str]]  # chains, a block's results, refusals
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -55,24 +56,29 @@ def rank_main(rank: int, folder: str) -> None:
     mine = slice(sum(SIZES[:rank]), sum(SIZES[: rank + 1]))
     x, residual = batch()[mine], draw(sum(SIZES), *SHAPE, seed=4)[mine]
     results = [chain(x, residual, lambda *a, f=f, **k: f(*a, **k, process_group=dist.group.WORLD)) for f in (ops.bn_act, reference.bn_act)]
-    try:
-        torch.func.jvp(lambda t: ops.bn_act(t, process_group=dist.group.WORLD), (x,), (x,))
-        refusal = ""
-    except ValueError as error:
-        refusal = str(error)
-    torch.save((results, block(x, True), refusal), Path(folder) / f"{rank}.pt")
+
+    def over_ranks(t: Tensor) -> Tensor:
+        return ops.bn_act(t, process_group=dist.group.WORLD)
+
+    refusals = []
+    for refused in (lambda: torch.func.jvp(over_ranks, (x,), (x,)), lambda: torch.compile(over_ranks, backend="eager", fullgraph=True)(x)):
+        try:
+            refusals.append(f"not refused: {refused()}")
+        except Exception as error:
+            refusals.append(str(error))
+    torch.save((results, block(x, True), refusals), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[list[list[list[Tensor]]], list[Tensor], str]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Ranks]:
     folder = str(tmp_path_factory.mktemp("ranks"))
     torch.multiprocessing.spawn(rank_main, (folder,), nprocs=len(SIZES))
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(len(SIZES))]
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["ops", "reference"])
-def test_two_ranks_equal_one_process(ranks: list[tuple[list[list[list[Tensor]]], list[Tensor], str]], which: int) -> None:
+def test_two_ranks_equal_one_process(ranks: list[Ranks], which: int) -> None:
     of_samples, running, summed = chain(batch(), draw(sum(SIZES), *SHAPE, seed=4), reference.bn_act)
     parts = [results[which] for results, _, _ in ranks]
     for k, want in enumerate(of_samples):
@@ -85,7 +91,7 @@ def test_two_ranks_equal_one_process(ranks: list[tuple[list[list[list[Tensor]]],
         torch.testing.assert_close(sum(part[2][k] for part in parts), want, rtol=1e-10, atol=1e-9)
 
 
-def test_a_converted_block(ranks: list[tuple[list[list[list[Tensor]]], list[Tensor], str]]) -> None:
+def test_a_converted_block(ranks: list[Ranks]) -> None:
     y, *buffers, evaluated = block(batch(), False)
     got = [block for _, block, _ in ranks]
     torch.testing.assert_close(torch.cat([g[0] for g in got]), y, rtol=1e-12, atol=1e-12)
@@ -94,6 +100,7 @@ def test_a_converted_block(ranks: list[tuple[list[list[list[Tensor]]], list[Tens
         torch.testing.assert_close(g[1:-1], buffers, rtol=1e-12, atol=1e-12)
 
 
-def test_tangents_are_refused(ranks: list[tuple[list[list[list[Tensor]]], list[Tensor], str]]) -> None:
-    for _, _, refusal in ranks:
-        assert refusal.startswith("process_group: got a tangent or a torch.func transform, supported: reverse mode")
+def test_tangents_and_graphs_are_refused(ranks: list[Ranks]) -> None:
+    for _, _, (tangent, graph) in ranks:
+        assert tangent.startswith("process_group: got a tangent or a torch.func transform, supported: reverse mode")
+        assert "torch.compiler.disable" in graph
