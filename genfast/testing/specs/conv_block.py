@@ -12,6 +12,7 @@ from genfast.testing.spec import Arguments, BadInput, Case, OpSpec
 _KEEP = ({"padding": 1}, (3, 4, 5, 6), (6, 4, 3, 3), (3, 6, 5, 6))
 _DOWN = ({"stride": 2, "padding": 1, "groups": 2}, (2, 4, 6, 8), (6, 2, 4, 4), (2, 6, 3, 4))
 _UP = ({"stride": 2, "padding": 1, "groups": 2, "transposed": True}, (2, 4, 4, 3), (4, 3, 4, 4), (2, 6, 8, 6))
+_DCGAN = ({"stride": 2, "padding": 1, "transposed": True}, (32, 128, 16, 16), (128, 64, 4, 4), (32, 64, 32, 32))
 
 
 def _case(name: str, kind: tuple[Arguments, tuple[int, ...], tuple[int, ...], tuple[int, ...]], *tensors: str, **options: object) -> Case:
@@ -55,7 +56,10 @@ SMOOTH = [
 CONV_BLOCK = OpSpec(
     name="conv_block",
     cases=[*SMOOTH, _case("no norm, lrelu", _UP, "bias", act="lrelu")],
-    benchmarks=[],
+    benchmarks=[
+        _case("training, transposed, 32x128x16x16", _DCGAN, "bias", "norm_weight", norm="batch", act="relu"),
+        _case("evaluation, transposed, 32x128x16x16", _DCGAN, *_RUNNING, norm="batch", training=False, act="relu"),
+    ],
     bad=[
         BadInput("three dimensions", _with(x=torch.zeros(4, 5, 6)), "x: got 3 dimensions, supported: 4: (B, C, H, W)"),
         BadInput("a weight of another dtype", _with(weight=torch.zeros(6, 4, 3, 3).double()), "weight: got torch.float64 (6, 4, 3, 3)"),
