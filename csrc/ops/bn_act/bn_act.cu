@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(256) long_rows_kernel(const __grid_constant__ 
 }
 
 template <BnPass kPass, class S, int N, bool kVector>
-__global__ void __launch_bounds__(256) columns_kernel(const __grid_constant__ BnActParams p) {
+__global__ void __launch_bounds__(256, 2) columns_kernel(const __grid_constant__ BnActParams p) {
   using T = Wide<S>;
   const Curve<T> curve = curve_of<T>(p);
   const int64_t period = p.channels * p.inner, column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
