@@ -25,10 +25,10 @@ _COEFFICIENTS = 6
 
 _GIVEN = "Tensor moments, Tensor? weight, Tensor? bias, int groups, float eps, int act, float alpha, float gain"
 SCHEMAS = {
-    "bn_act_": "(Tensor(a!)? out, Tensor(b!)? sums, Tensor x, Tensor? dy, Tensor? residual, Tensor? coef, int samples, int inner, int which, "
-    "int act, float alpha, float gain) -> ()",
-    "bn_coefficients_": "(Tensor(a!) coef, Tensor(b!)? gradients, Tensor moments, Tensor? sums, Tensor? means, Tensor? weight, Tensor? bias, "
-    "int groups, float eps) -> ()",
+    "bn_act_": "(Tensor(a!)? out, Tensor(b!)? sums, Tensor x, Tensor? dy, Tensor? residual, Tensor? coef, int samples, int inner, "
+    "int which, int act, float alpha, float gain) -> ()",
+    "bn_coefficients_": "(Tensor(a!) coef, Tensor(b!)? gradients, Tensor moments, Tensor? sums, Tensor? means, Tensor? weight, "
+    "Tensor? bias, int groups, float eps) -> ()",
     "bn_moments": "(Tensor x, bool per_sample) -> Tensor",
     "bn_apply": f"(Tensor x, Tensor? residual, {_GIVEN}) -> Tensor",
     "bn_sums": f"(Tensor dy, Tensor x, Tensor? residual, {_GIVEN}, bool keep) -> Tensor[]",
@@ -56,13 +56,13 @@ _IDENTITY = Activation("linear", 0.0, 1.0)
 
 
 class Statistics(NamedTuple):
-    """How ``norm_act`` normalises. ``count``: the elements behind a group's mean where the moments are x's own, so that gradients flow
-    through them; None for given ones. ``reduce`` adds sums up over ranks."""
+    """How ``norm_act`` normalises. ``elements``: those behind a group's mean where the moments are x's own, so that gradients flow through
+    them; None for given ones. ``reduce`` adds sums up over ranks."""
 
     moments: Tensor
     groups: int
     eps: float
-    count: float | Tensor | None
+    elements: float | Tensor | None
     reduce: Callable[[Tensor], Tensor] | None = None
 
 
@@ -126,8 +126,11 @@ def _differentiable(*arguments: Any) -> Tensor:
 class _NormAct(torch.autograd.Function):
     """Reverse mode by kernel; where the gradient is to be differentiated again, it is the plain function's own."""
 
+    # One function for forward and context: with two, torch binds the arguments to the signature at every call, which takes longer than a
+    # small picture. Only torch.func needs two, and it is served by the plain function.
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -136,12 +139,9 @@ class _NormAct(torch.autograd.Function):
         activation: Activation,
         plain: Callable[..., Tensor],
     ) -> Tensor:
+        ctx.statistics, ctx.activation, ctx.plain = statistics, activation, plain
+        ctx.save_for_backward(x, weight, bias, residual)
         return _apply(x, weight, bias, residual, statistics, activation)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.statistics, ctx.activation, ctx.plain = inputs
-        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -151,14 +151,14 @@ class _NormAct(torch.autograd.Function):
             asked = [t for t, needed in zip(tensors, needs, strict=True) if needed]
             found = iter(torch.autograd.grad(ctx.plain(*tensors), asked, grad, create_graph=True))
             return (*(next(found) if needed else None for needed in needs), None, None, None)
-        moments, groups, eps, count, reduce = ctx.statistics
+        moments, groups, eps, elements, reduce = ctx.statistics
         given = (moments, weight, bias, groups, eps)
         sums = means = grad_residual = None
         keep = needs[3] and not activation.is_identity
-        if keep or count is not None or needs[1] or needs[2]:
+        if keep or elements is not None or needs[1] or needs[2]:
             sums, *kept = torch.ops.genfast.bn_sums(grad, x, residual, *given, *activation.codes, keep)
-            if count is not None:
-                means = (sums if reduce is None else reduce(sums)) / count
+            if elements is not None:
+                means = (sums if reduce is None else reduce(sums)) / elements
             if keep:  # the gradient of the residual is also that of the normalised tensor
                 grad, residual, activation = kept[0], None, _IDENTITY
         if needs[3]:
@@ -339,7 +339,7 @@ def _bn_coefficients_(
     eps: float,
 ) -> None:
     def of_group(t: Tensor) -> Tensor:
-        grouped = t.unflatten(-1, (groups, -1))
+        grouped: Tensor = t.unflatten(-1, (groups, -1))  # type: ignore[no-untyped-call]
         return grouped.mean(-1, keepdim=True).expand_as(grouped).flatten(-2)
 
     mean = of_group(moments[0])

@@ -62,7 +62,7 @@ def bn_act(
         moments: Tensor = torch.ops.genfast.bn_moments(x.detach(), False)
         count: float | Tensor = x.numel() / channels
         if shared is not None:
-            moments, count = _merged(moments, count, shared)
+            moments, count = _merged(moments, x.numel() / channels, shared)
         with torch.no_grad():
             for running, value in ((running_mean, moments[0, 0]), (running_var, moments[1, 0] * (count / (count - 1)))):
                 if running is not None:
@@ -76,11 +76,13 @@ def bn_act(
     return norm_act(x, weight, bias, residual, statistics, chosen, plain)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _merged(moments: Tensor, count: float, process_group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """Moments and number of elements of all ranks, the same bits on each of them (Chan et al. 1983). A rank may have no element."""
     mine = torch.cat([moments.flatten(), moments.new_full((1,), count)])
-    of_ranks = mine.new_empty(dist.get_world_size(process_group), mine.numel())
-    dist.all_gather_into_tensor(of_ranks, mine, group=process_group)
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(parts, mine, group=process_group)
+    of_ranks = torch.stack(parts)
     counts = of_ranks[:, -1]
     means, variances = of_ranks[:, :-1].unflatten(1, (2, -1)).unbind(1)
     total = counts.sum()

@@ -1,4 +1,7 @@
-"""Batch normalisation with residual and activation in pure PyTorch (docs/gan-ops.md), over one process or several."""
+"""Batch normalisation with residual and activation in pure PyTorch (docs/gan-ops.md), over one process or several.
+
+Written out: in training, torch's own `batch_norm` takes its saved statistics for constants in the third derivative, which is then wrong.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from .bias_act import ACTIVATIONS
@@ -33,11 +35,30 @@ def bn_act(
     running ones by ``momentum`` (the variance unbiased), where they are given; else the running ones. ``process_group``: in training the
     batch is that of all its ranks. ``act`` and ``alpha`` as `bias_act`. Returns x's shape and dtype.
     """
-    known = ACTIVATIONS[act]
-    if training and process_group is not None:
-        y = _over_ranks(x, weight, bias, running_mean, running_var, momentum, eps, process_group)
+    wide = x if x.dtype == torch.float64 else x.float()
+
+    def along(t: Tensor) -> Tensor:
+        return t.to(wide.dtype).reshape(-1, *[1] * (x.ndim - 2))
+
+    def total(t: Tensor) -> Tensor:
+        return t if process_group is None else all_reduce(t, process_group)
+
+    if training:
+        dims = [i for i in range(x.ndim) if i != 1]
+        count = total(wide.new_full((1,), x.numel() / x.shape[1]))
+        mean = total(wide.sum(dims)) / count
+        var = total((wide - along(mean)).square().sum(dims)) / count
+        with torch.no_grad():
+            for running, value in ((running_mean, mean), (running_var, var * count / (count - 1))):
+                if running is not None:
+                    running.lerp_(value.to(running.dtype), momentum)
     else:
-        y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        assert running_mean is not None and running_var is not None
+        mean, var = running_mean.to(wide.dtype), running_var.to(wide.dtype)
+    y = (wide - along(mean)) * along((var + eps).rsqrt())
+    y = y if weight is None else y * along(weight)
+    y = (y if bias is None else y + along(bias)).to(x.dtype)
+    known = ACTIVATIONS[act]
     return known.function(y if residual is None else y + residual, known.alpha if alpha is None else alpha) * gain
 
 
@@ -60,30 +81,3 @@ def all_reduce(t: Tensor, process_group: dist.ProcessGroup) -> Tensor:
     """The sum of ``t`` over ranks, differentiable to every order: the loss is the sum of the ranks' losses."""
     total: Tensor = _AllReduce.apply(t, process_group)  # type: ignore[no-untyped-call]
     return total
-
-
-def _over_ranks(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-    process_group: dist.ProcessGroup,
-) -> Tensor:
-    def along(t: Tensor) -> Tensor:
-        return t.to(wide.dtype).reshape(-1, *[1] * (x.ndim - 2))
-
-    wide = x if x.dtype == torch.float64 else x.float()
-    dims = [i for i in range(x.ndim) if i != 1]
-    count = all_reduce(wide.new_full((1,), x.numel() / x.shape[1]), process_group)
-    mean = all_reduce(wide.sum(dims), process_group) / count
-    var = all_reduce((wide - along(mean)).square().sum(dims), process_group) / count
-    with torch.no_grad():
-        for running, value in ((running_mean, mean), (running_var, var * count / (count - 1))):
-            if running is not None:
-                running.lerp_(value.to(running.dtype), momentum)
-    y = (wide - along(mean)) * along((var + eps).rsqrt())
-    y = y if weight is None else y * along(weight)
-    return (y if bias is None else y + along(bias)).to(x.dtype)

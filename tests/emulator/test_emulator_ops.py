@@ -56,6 +56,31 @@ def test_gradients(emulated: Any, schedule: None, spec: OpSpec, case: SpecCase, 
         assert_accurate(case.name, result, plain, truth, precision(spec, dtype))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 12, 5, 7), (2, 24, 4, 8), (5, 6, 33, 34)], ids=str)
+def test_samples_have_statistics_of_their_own(emulated: Any, schedule: None, shape: tuple[int, ...], layout: str) -> None:
+    """Group normalisation with a residual and its gradients: one launch a pass, in both layouts."""
+    random = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(shape, generator=random, dtype=torch.float64).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))
+    given = [x, residual, torch.randn(shape[1], generator=random).double(), torch.randn(shape[1], generator=random).double()]
+
+    def all_of(namespace: Any) -> list[torch.Tensor]:
+        x, residual, weight, bias = leaves = [t.clone().requires_grad_() for t in given]
+        ones = torch.eye(shape[1], dtype=x.dtype)[:, :, None, None]
+        y = namespace.conv_block(x, ones, bias, residual, norm="group", norm_groups=3, norm_weight=weight, act="swish")
+        return [y, *torch.autograd.grad((y * y.detach().cos()).sum(), leaves)]
+
+    launches = []
+    with operators_from("genfast_emulator"):
+        kernel = torch.ops.genfast_emulator.bn_act_
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.ops.genfast_emulator, "bn_act_", lambda *a: (launches.append(a[8]), kernel(*a)))
+            got = all_of(ops)
+    assert launches == [0, 1, 2, 3]
+    for a, b in zip(got, all_of(reference), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("uniform", [False, True], ids=["normal", "uniform"])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (2, 3, 5, 7), (2, 4, 6, 6), (2, 3, 40, 40), (1, 2, 3, 4, 5), (300, 8)], ids=str)
@@ -194,8 +219,25 @@ def test_address_sanitizer_sees_a_kernel_read_out_of_bounds() -> None:
             *("ops/attention/attention_backward.cuh", "cp_async_wait_all();\n    __syncthreads();  // walked1", "__syncthreads();  //"),
             "test_every_head",
         ),
+        ("ops/upfirdn2d/upfirdn2d.cu", "  });\n  __syncthreads();\n", "  });\n", "test_a_sweep_of_shapes and planes"),
+        ("ops/upfirdn2d/upfirdn2d.cu", "? static_cast<int>(first_element(p.x, 0) & 1) : 0", "? 0 : 0", "test_a_sweep_of_shapes and planes"),
+        (
+            "ops/bn_act/bn_act.cu",
+            "(sample * p.outer + row + k * groups) * period, span);",
+            "(row + k * groups) * period, span);",
+            "test_samples",
+        ),
     ],
-    ids=["fold without a barrier", "sum in another order", "keys beyond the last", "loop without a barrier", "copy without a wait"],
+    ids=[
+        "fold without a barrier",
+        "sum in another order",
+        "keys beyond the last",
+        "loop without a barrier",
+        "copy without a wait",
+        "lines without a barrier",
+        "pairs at odd elements",
+        "the first sample",
+    ],
 )
 def test_a_planted_bug_fails(file: str, text: str, replacement: str, only: str) -> None:
     path = emulator_build.library(mutation=(file, text, replacement))

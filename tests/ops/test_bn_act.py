@@ -70,6 +70,19 @@ def test_third_order(act: str, training: bool) -> None:
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
+def test_the_third_derivative_by_differences() -> None:
+    """The gradient of the second derivative against differences of it: torch's own batch_norm fails this."""
+
+    def second(x: Tensor, residual: Tensor) -> Tensor:
+        y = ops.bn_act(x, residual=residual, act="tanh")
+        (g,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+        (h,) = torch.autograd.grad((g**2).sum(), x, create_graph=True)
+        return h
+
+    given = normal(3, 2, 4, 3).requires_grad_(), normal(3, 2, 4, 3, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(second, given, fast_mode=True)
+
+
 def test_float32_parameters_with_a_bfloat16_input() -> None:
     x, weight, bias = normal(8, 6, 9, 9, dtype=torch.bfloat16).requires_grad_(), torch.ones(6).requires_grad_(), torch.zeros(6)
     mean, var = torch.zeros(6), torch.ones(6)

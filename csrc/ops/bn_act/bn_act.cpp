@@ -58,7 +58,8 @@ void bn_act_(const OptionalTensor& out, const OptionalTensor& sums, const Tensor
   if (coef.has_value()) {
     const ScalarType wide = p.dtype == DType::F64 ? ScalarType::Double : ScalarType::Float;
     check(coef->scalar_type() == wide && coef->size(0) == kBnCoefficients && coef->is_contiguous(),
-          "coef: supported: a contiguous tensor of shape (", kBnCoefficients, ", samples, channels) in ", torch::headeronly::toString(wide));
+          "coef: supported: a contiguous tensor of shape (", kBnCoefficients, ", samples, channels) in ",
+          torch::headeronly::toString(wide));
     check_device(*coef, x);
     p.coef = coef->data_ptr();
   }

@@ -79,16 +79,13 @@ __global__ void __launch_bounds__(256) long_rows_kernel(const __grid_constant__ 
   GF_SHARED(Lanes<2>, lanes);
   const Curve<T> curve = curve_of<T>(p);
   const int64_t begin = blockIdx.x * kBnCudaChunk, end = begin + kBnCudaChunk < p.inner ? begin + kBnCudaChunk : p.inner;
-  // Channel and sample of the row, without a division of 64 bits, which is a subroutine.
-  const unsigned channels = static_cast<unsigned>(p.channels), step = gridDim.y % channels;
-  unsigned channel = blockIdx.y % channels;
-  const int64_t per_sample = p.outer * p.channels;
-  int64_t sample = 0, next_sample = per_sample;
-  for (int64_t row = blockIdx.y; row < p.samples * per_sample; row += gridDim.y) {
-    for (; row >= next_sample; next_sample += per_sample) ++sample;
+  // Rows are long, so 32 bits count them; a division of 64 bits is a subroutine.
+  const unsigned channels = static_cast<unsigned>(p.channels), per_sample = static_cast<unsigned>(p.outer) * channels;
+  const int64_t rows = p.samples * p.outer * p.channels;
+  for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
+    const unsigned sample = static_cast<unsigned>(row) / per_sample, channel = static_cast<unsigned>(row) % channels;
     T c[kBnCoefficients][1]{}, sum[2][N]{};
     coefficients<kPass, S>(p, sample, channel, 0, c);
-    channel = channel + step < channels ? channel + step : channel + step - channels;
     for (int64_t i = begin + threadIdx.x * N; i < end; i += kAbreast * kFoldLanes * N) {
       Inputs<S, N> in[kAbreast];
       Span<N, kVector> span[kAbreast];
@@ -112,7 +109,7 @@ __global__ void __launch_bounds__(256) long_rows_kernel(const __grid_constant__ 
       }
       fold(total, lanes);
       if (threadIdx.x == 0) {
-        for (int k = 0; k < 2; ++k) p.partial[(k * p.samples * per_sample + row) * gridDim.x + blockIdx.x] = total[k];
+        for (int k = 0; k < 2; ++k) p.partial[(k * rows + row) * gridDim.x + blockIdx.x] = total[k];
       }
       __syncthreads();
     }
@@ -120,7 +117,7 @@ __global__ void __launch_bounds__(256) long_rows_kernel(const __grid_constant__ 
 }
 
 template <BnPass kPass, class S, int N, bool kVector>
-__global__ void __launch_bounds__(256) columns_kernel(const __grid_constant__ BnActParams p) {
+__global__ void __launch_bounds__(256, 2) columns_kernel(const __grid_constant__ BnActParams p) {
   using T = Wide<S>;
   const Curve<T> curve = curve_of<T>(p);
   const int64_t period = p.channels * p.inner, column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;

@@ -45,10 +45,9 @@ void run(const BnActParams& p, int64_t element_size) {
     }
     t.coef = coef.data();
   }
-  std::unique_ptr<T[]> partial;
-  const int64_t width = is_short ? t.repeat : 1;
+  std::unique_ptr<T[]> partial;  // (2, samples, blocks, repeat) or (2, samples, outer, channels, chunks)
   if (p.sums) {
-    partial.reset(new T[static_cast<size_t>(2 * t.units * width)]);
+    partial.reset(new T[static_cast<size_t>(2 * t.units * (is_short ? t.repeat : 1))]);
     t.partial = partial.get();
   }
   if (p.out) want_huge_pages(p.out, p.samples * per_sample * element_size);
@@ -60,16 +59,20 @@ void run(const BnActParams& p, int64_t element_size) {
   std::fill_n(p.sums, 2 * places, 0.0);
   const T* next = partial.get();
   for (int64_t k = 0; k < 2; ++k) {
-    for (int64_t unit = 0; unit < t.units; ++unit) {
-      double* sums = p.sums + k * places + (is_short ? unit / t.blocks * p.channels : unit / t.chunks / (p.outer * p.channels) * p.channels);
-      if (!is_short) {
-        sums[unit / t.chunks % p.channels] += *next++;
-      } else if (p.inner == 1) {
-        for (int64_t i = 0; i < width; i += p.channels) {
-          for (int64_t c = 0; c < p.channels && i + c < width; ++c) sums[c] += *next++;
+    for (int64_t s = 0; s < p.samples; ++s) {
+      double* sums = p.sums + k * places + s * p.channels;
+      for (int64_t group = 0; group < (is_short ? t.blocks : p.outer); ++group) {
+        if (is_short) {
+          for (int64_t i = 0; i < t.repeat; i += period) {  // the last period may end beyond the place of the last element
+            for (int64_t c = 0; c < p.channels; ++c) {
+              for (int64_t j = 0; j < p.inner && i + c * p.inner + j < t.repeat; ++j) sums[c] += *next++;
+            }
+          }
+        } else {
+          for (int64_t c = 0; c < p.channels; ++c) {
+            for (int64_t chunk = 0; chunk < t.chunks; ++chunk) sums[c] += *next++;
+          }
         }
-      } else {
-        for (int64_t i = 0; i < width; ++i) sums[i % period / p.inner] += *next++;
       }
     }
   }
