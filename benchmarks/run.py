@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gan, sampling, schedulers, steps, timing
+from benchmarks import gan, gan_training, sampling, schedulers, steps, timing
 from benchmarks.timing import Options, Row
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITES = {"steps": steps.run, "sampling": sampling.run, "schedulers": schedulers.run, "gan": gan.run}
+SUITES = {"steps": steps.run, "sampling": sampling.run, "schedulers": schedulers.run, "gan": gan.run, "gan_training": gan_training.run}
 
 
 def show(rows: list[Row], label: str) -> None:
