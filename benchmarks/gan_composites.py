@@ -1,7 +1,8 @@
 """What StyleGAN2's networks are measured against: their operators by torch's own, in the fastest forms known.
 
 The functions stand in for those of `genfast.ops` with the same names, as far as StyleGAN2 calls them: 3x3 and 1x1 weights, a 4x4 filter,
-sampling by 2. Weights of each sample's own are groups of one convolution; filters are depthwise convolutions.
+sampling by 2. Weights of each sample's own are groups of one convolution; filters are depthwise convolutions. Random
+numbers are genfast's: torch's own would be others, and the reference's take a hundred operators.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from genfast.ops import normal, uniform
 from genfast.reference import bias_act as _reference_bias_act
-from genfast.reference import minibatch_stddev, normal, pixel_norm, uniform
+from genfast.reference import minibatch_stddev, pixel_norm
 
 __all__ = ["bias_act", "conv2d_resample", "minibatch_stddev", "modulated_conv2d", "normal", "pixel_norm", "uniform", "upsample2d"]
 
