@@ -4,6 +4,7 @@ from .attention import attention
 from .bias_act import bias_act
 from .bn_act import bn_act
 from .conv2d_resample import conv2d_resample
+from .conv_block import conv_block
 from .filtered_lrelu import filtered_lrelu
 from .group_norm_silu import group_norm_silu
 from .minibatch_stddev import minibatch_stddev
@@ -18,6 +19,7 @@ __all__ = [
     "bias_act",
     "bn_act",
     "conv2d_resample",
+    "conv_block",
     "downsample2d",
     "filter2d",
     "filtered_lrelu",
