@@ -13,11 +13,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gan, gan_training, sampling, schedulers, steps, timing
+from benchmarks import attention, gan, gan_training, sampling, schedulers, steps, timing
 from benchmarks.timing import Options, Row
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITES = {"steps": steps.run, "sampling": sampling.run, "schedulers": schedulers.run, "gan": gan.run, "gan_training": gan_training.run}
+SUITES = {
+    "steps": steps.run,
+    "sampling": sampling.run,
+    "schedulers": schedulers.run,
+    "gan": gan.run,
+    "gan_training": gan_training.run,
+    "attention": attention.run,
+}
 
 
 def show(rows: list[Row], label: str) -> None:

@@ -41,6 +41,11 @@ const std::vector<Kernel>& catalogue() {
        {"float32", "float64", "bfloat16", "float16"},
        "any; faster with AVX2 and AVX-512",
        "batch statistics and activation, backward"},
+      {"modulate_bias_act",
+       "cpu",
+       {"float32", "float64", "bfloat16", "float16"},
+       "any; faster with AVX2 and AVX-512",
+       "NCHW and channels_last, backward"},
       {"upfirdn2d",
        "cpu",
        {"float32", "float64", "bfloat16", "float16"},
@@ -57,6 +62,7 @@ const std::vector<Kernel>& catalogue() {
        "model output float32, bfloat16 or float16; float64 state with float64 or float32 output"},
       {"bias_act", "cuda", {"float32", "float64", "bfloat16", "float16"}, "sm_75", "nine activations, derivatives to the third order"},
       {"bn_act", "cuda", {"float32", "float64", "bfloat16", "float16"}, "sm_75", "batch statistics and activation, backward"},
+      {"modulate_bias_act", "cuda", {"float32", "float64", "bfloat16", "float16"}, "sm_75", "NCHW and channels_last, backward"},
       {"upfirdn2d", "cuda", {"float32", "float64", "bfloat16", "float16"}, "sm_75", "any scaling, padding and filter, separable or not"},
 #endif
   };

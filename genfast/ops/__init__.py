@@ -8,6 +8,7 @@ from .conv_block import conv_block
 from .filtered_lrelu import filtered_lrelu
 from .group_norm_silu import group_norm_silu
 from .minibatch_stddev import minibatch_stddev
+from .modulate_bias_act import modulate_bias_act
 from .modulated_conv2d import modulated_conv2d
 from .noise import normal, uniform
 from .pixel_norm import pixel_norm
@@ -27,6 +28,7 @@ __all__ = [
     "filtered_lrelu",
     "group_norm_silu",
     "minibatch_stddev",
+    "modulate_bias_act",
     "modulated_conv2d",
     "normal",
     "pack_row",

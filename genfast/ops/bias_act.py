@@ -6,6 +6,7 @@ order, in ``x`` of the next. The kernels hold orders 0 to 3; a third one that is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from genfast.reference.bias_act import ACTIVATIONS, bias_act_derivative
 
 from . import _backend
-from ._autograd import refuse_lost_derivatives, wanted
+from ._autograd import refuse_lost_derivatives, tangent_rule, wanted
 from ._checks import check_dtype, check_tensor, refusal
 
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
@@ -107,11 +108,13 @@ def _derivative(factor: Tensor | None, x: Tensor, b: Tensor | None, curve: _Curv
     if not wanted((factor, x, b)):
         return tuple(_kernel(factor, x, b, curve, order, sums))
     out = bias_act_derivative(factor, x, b, *curve, order)
-    return (out, out.sum(_others(out, curve.dim))) if sums else (out,)
+    return (out, _summed(out, curve.dim)) if sums else (out,)
 
 
-def _others(x: Tensor, dim: int) -> list[int]:
-    return [i for i in range(x.ndim) if i != dim]
+def _summed(x: Tensor, dim: int, first: int = 0) -> Tensor:
+    """Over the dimensions from ``first`` on but ``dim``."""
+    dims = [i for i in range(first, x.ndim) if i != dim]
+    return x.sum(dims) if dims else x  # no dimensions would mean all of them to torch
 
 
 def _along(b: Tensor, ndim: int, dim: int) -> Tensor:
@@ -154,10 +157,12 @@ class _BiasAct(torch.autograd.Function):
             grad_x, grad_b = results[0] if needs_x else None, results[1] if needs_b else None
         return grad_factor, grad_x, grad_b, None, None, None
 
-    @staticmethod
-    def jvp(ctx: Any, t_factor: Tensor | None, t_x: Tensor | None, t_b: Tensor | None, *_: None) -> tuple[Tensor, ...]:
+    @tangent_rule
+    def jvp(
+        ctx: Any, saved: Sequence[Any], t_factor: Tensor | None, t_x: Tensor | None, t_b: Tensor | None, *_: None
+    ) -> tuple[Tensor, ...]:
         curve, order = ctx.curve, ctx.order
-        factor, x, b = ctx.saved_tensors
+        factor, x, b = saved
         tangent = torch.zeros_like(x) if t_factor is None else _derivative(t_factor, x, b, curve, order, False)[0]
         inner = t_x
         if t_b is not None:
@@ -165,7 +170,7 @@ class _BiasAct(torch.autograd.Function):
             inner = wide.expand_as(x) if inner is None else inner + wide
         if inner is not None and not (curve.straight and order >= 1):
             tangent = tangent + _derivative(inner if factor is None else factor * inner, x, b, curve, order + 1, False)[0]
-        return (tangent, tangent.sum(_others(x, curve.dim))) if ctx.sums else (tangent,)
+        return (tangent, _summed(tangent, curve.dim)) if ctx.sums else (tangent,)
 
     @staticmethod
     def vmap(
@@ -180,7 +185,7 @@ class _BiasAct(torch.autograd.Function):
             x = x + b.movedim(dims[2], 0).reshape([s if i in (0, curve.dim) else 1 for i, s in enumerate(x.shape)])
             b = None
         (out,) = _derivative(None if factor is None else front(factor, dims[0]), x, b, curve, order, False)
-        results = (out, out.sum(_others(out, curve.dim)[1:])) if sums else (out,)
+        results = (out, _summed(out, curve.dim, 1)) if sums else (out,)
         return results, (0,) * len(results)
 
 

@@ -25,7 +25,7 @@ from genfast.testing import Case as SpecCase
 from genfast.testing.oracle import assert_accurate, precision
 from genfast.testing.spec import LAYOUTS, Arguments, laid_out, widened
 
-ACCURATE = ["bias_act", "bn_act", "upfirdn2d"]  # operators with derivatives by kernel, without promised bits
+ACCURATE = ["bias_act", "bn_act", "modulate_bias_act", "upfirdn2d"]  # operators with derivatives by kernel, without promised bits
 
 
 @pytest.mark.parametrize(("spec", "case"), [pytest.param(s, c, id=f"{s.name}-{c.name}") for s in SPECS.values() if s.bits for c in s.cases])
