@@ -233,8 +233,11 @@ def time_block(m: Machine, peak: float) -> list[Row]:
 # ---- whole steps ----------------------------------------------------------------------------------------------------------------------
 
 
-def time_step(family: str, m: Machine, peak: float) -> list[Row]:
-    """A training step as it comes on average: the lazy phases count for the share of the steps that take them."""
+def time_step(family: str, variants: dict[str, dict[str, Any]], m: Machine, peak: float) -> list[Row]:
+    """A training step as it comes on average: the lazy phases count for the share of the steps that take them.
+
+    ``variants``: networks' impl and options of `AdversarialStep`, by name; "genfast" and "reference" among them.
+    """
     config: Any = m.step_style if family == "stylegan2" else m.dcgan
     batch, objective = (m.step_batch, LAZY) if family == "stylegan2" else (m.dcgan_batch, Objective())
     shape = (batch, config.image_channels, config.size, config.size)
@@ -257,13 +260,7 @@ def time_step(family: str, m: Machine, peak: float) -> list[Row]:
                 buffer.copy_(torch.arange(len(buffer)))
         return made
 
-    composite, cuda = "grouped" if family == "stylegan2" else "reference", m.device == "cuda"
-    steps = {"genfast": step("fused", capture=cuda), "reference": step("reference")}
-    steps |= {"grouped": step("grouped", capture=cuda)} if family == "stylegan2" else {}
-    steps |= {"eager": step("fused")} if cuda else {}
-    if not m.options.quick and (cuda or family == "dcgan"):  # StyleGAN2's double backward compiles for minutes
-        steps["compiled"] = step(composite, capture=cuda, compile=True)
-    reports = {}
+    steps, reports = {name: step(**options) for name, options in variants.items()}, {}
     for name, one in steps.items():
         for _ in range(3):  # warm, recorded, replayed
             one.run(phases)
@@ -272,7 +269,7 @@ def time_step(family: str, m: Machine, peak: float) -> list[Row]:
         means = one.take_means()
         reports[name] = [torch.tensor([means[key] for key in ("d_loss", "g_loss")])]
     agree(label, reports, 0.05 if config.body != "float32" else 1e-2)
-    eager = steps["eager"] if cuda else steps["genfast"]
+    eager = step("fused")
     operations = sum(share * flop(partial(eager.run, [phase])) for phase, share in phases.items())
     times = dict.fromkeys(steps, (0.0, 0.0))
     for phase, share in phases.items():
@@ -280,6 +277,27 @@ def time_step(family: str, m: Machine, peak: float) -> list[Row]:
             times[name] = (times[name][0] + share * t.median, times[name][1] + share * t.iqr)
     rows = rows_of(m, label, list(shape), config.body, times, operations, peak)
     return [row | {"s_per_kimg": round(row["median_us"] * 1e-3 / batch, 4), "objective": asdict(objective)} for row in rows]
+
+
+def cases_of(m: Machine) -> dict[str, Callable[[Machine, float], list[Row]]]:
+    """Every case, by the name that ``--filter`` looks at."""
+    cuda = m.device == "cuda"
+    both: dict[str, dict[str, Any]] = {"genfast": {"impl": "fused", "capture": cuda}, "reference": {"impl": "reference"}}
+    eager: dict[str, dict[str, Any]] = {"eager": {"impl": "fused"}} if cuda else {}
+    style = {**both, "grouped": {"impl": "grouped", "capture": cuda}, **eager}
+    traced = {"capture": cuda, "compile": True}
+    dcgan = {**both, **eager} if m.options.quick else {**both, **eager, "compiled": {"impl": "reference", **traced}}
+    cases: dict[str, Callable[[Machine, float], list[Row]]] = {
+        "StyleGAN2 step": partial(time_step, "stylegan2", style),
+        "DCGAN step": partial(time_step, "dcgan", dcgan),
+        "R3GAN block": time_block,
+    }
+    for which in ("generator", "discriminator"):
+        for backward, what in ((False, "forward"), (True, "forward and backward")):
+            cases[f"StyleGAN2 {which}, {what}"] = partial(time_network, which, backward)
+    if cuda and not m.options.quick:  # a whole network's second derivative compiles for minutes
+        cases["StyleGAN2 step, compiled"] = partial(time_step, "stylegan2", {**both, "compiled": {"impl": "grouped", **traced}})
+    return cases
 
 
 def run(options: Options) -> Iterator[tuple[str, list[Row]]]:
@@ -290,13 +308,7 @@ def run(options: Options) -> Iterator[tuple[str, list[Row]]]:
         else:
             torch.set_num_threads(threads)
         peak = matrix_peak(m, torch.bfloat16 if options.device == "cuda" else torch.float32)
-        cases: dict[str, Callable[[Machine, float], list[Row]]] = {
-            f"StyleGAN2 {which}, {'forward and backward' if backward else 'forward'}": partial(time_network, which, backward)
-            for which in ("generator", "discriminator")
-            for backward in (False, True)
-        }
-        cases |= {"R3GAN block": time_block, "DCGAN step": partial(time_step, "dcgan"), "StyleGAN2 step": partial(time_step, "stylegan2")}
-        for name, case in cases.items():
+        for name, case in cases_of(m).items():
             if options.filter in name:
                 rows = case(m, peak)
                 yield rows[0]["case"] + (f", {threads} threads" if threads else ""), rows

@@ -111,10 +111,11 @@ class TorchBlock(nn.Module):
         self.norm = nn.BatchNorm2d(out_channels) if norm else None
         self.bias = None if norm else nn.Parameter(torch.zeros(out_channels))
         self.act = {"relu": nn.ReLU(), "lrelu": nn.LeakyReLU(alpha), "tanh": nn.Tanh(), "linear": nn.Identity()}[act]
-        self.convolve = F.conv_transpose2d if transposed else F.conv2d
+        self.transposed, self.stride, self.padding = transposed, stride, padding
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.convolve(x, self.conv.weight.to(x.dtype), None, self.conv.stride, self.conv.padding)
+        convolve = F.conv_transpose2d if self.transposed else F.conv2d
+        y = convolve(x, self.conv.weight.to(x.dtype), None, self.stride, self.padding)
         if self.norm is not None:
             y = self.norm(y)
         elif self.bias is not None:
