@@ -114,7 +114,7 @@ def test_a_compiled_discriminator_refuses_its_penalty(networks: str) -> None:
     shape = SHAPE if networks == "mapped" else (BATCH, 1, 8, 8)
     step = AdversarialStep(generator, torch.compile(discriminator, backend="aot_eager"), shape, LATENT, PENALISED)
     step.load(**filled(step, 0))
-    with pytest.raises(RuntimeError, match="does not currently support double backward|requires create_graph=False"):
+    with pytest.raises(RuntimeError, match=r"does not currently support double backward|requires create_graph=False"):
         step.run(PENALISED.discriminator_phases(0))
 
 
