@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import attention, gan, qknorm, sampling, schedulers, steps, timing
+from benchmarks import attention, gan, gan_training, qknorm, sampling, schedulers, steps, timing
 from benchmarks.timing import Options, Row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +22,7 @@ SUITES = {
     "sampling": sampling.run,
     "schedulers": schedulers.run,
     "gan": gan.run,
+    "gan_training": gan_training.run,
     "attention": attention.run,
     "qknorm": qknorm.run,
 }

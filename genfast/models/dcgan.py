@@ -7,12 +7,12 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genfast.models.pyramid import DTYPES
 from genfast.nn.conv import ConvBlock
 from genfast.nn.impl import check_impl
-
-BODIES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class DCGANConfig:
     latent: int = 100
     channels: int = 64  # at half the resolution; every halving doubles them
     discriminator_norm: bool = True  # batch normalisation in the discriminator; penalties of each sample's gradient need it off
-    body: str = "float32"  # dtype of convolutions and feature maps ("float32": the parameters' own); parameters and logits stay as they are
+    body: str = "float32"  # dtype of convolutions and feature maps; "float32" stands for the parameters' own
 
     def __post_init__(self) -> None:
         if self.size < 8 or self.base not in (4, 5, 6, 7):
             raise ValueError(f"size: got {self.size}, supported: 4, 5, 6 or 7 times a power of 2, at least 8")
-        if self.body not in BODIES:
-            raise ValueError(f"body: got {self.body!r}, supported: {', '.join(map(repr, BODIES))}")
+        if self.body not in DTYPES:
+            raise ValueError(f"body: got {self.body!r}, supported: {', '.join(map(repr, DTYPES))}")
 
     @property
     def base(self) -> int:
@@ -63,8 +63,7 @@ class Generator(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         if z.ndim != 2 or z.shape[1] != self.config.latent:
             raise ValueError(f"z: got shape {tuple(z.shape)}, supported: (B, {self.config.latent})")
-        with _body(self.config, z):
-            images: Tensor = self.layers(z[:, :, None, None])
+        images: Tensor = self.layers(z[:, :, None, None].to(DTYPES[self.config.body] or z.dtype))
         return images.to(z.dtype)
 
 
@@ -80,15 +79,14 @@ class Discriminator(nn.Module):
         layers: list[nn.Module] = [block(config.image_channels, c[0], 4, 2, norm=None, **leaky)]
         norm = "batch" if config.discriminator_norm else None
         layers += [block(width, following, 4, 2, norm=norm, **leaky) for width, following in pairwise(c)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(c[-1], 1, config.base), nn.Flatten(0))
+        self.layers = nn.Sequential(*layers, block(c[-1], 1, config.base, padding=0, norm=None, act="linear"), nn.Flatten(0))
         self.apply(_initialise if config.discriminator_norm else _initialise_alone)
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (self.config.image_channels, self.config.size, self.config.size)
         if x.ndim != 4 or x.shape[1:] != shape:
             raise ValueError(f"x: got shape {tuple(x.shape)}, supported: (B, {', '.join(map(str, shape))})")
-        with _body(self.config, x):
-            logits: Tensor = self.layers(x)
+        logits: Tensor = self.layers(x.to(DTYPES[self.config.body] or x.dtype))
         return logits.to(x.dtype)
 
 
@@ -112,10 +110,12 @@ class TorchBlock(nn.Module):
         self.conv = (nn.ConvTranspose2d if transposed else nn.Conv2d)(channels, out_channels, kernel, stride, padding, bias=False)
         self.norm = nn.BatchNorm2d(out_channels) if norm else None
         self.bias = None if norm else nn.Parameter(torch.zeros(out_channels))
-        self.act = {"relu": nn.ReLU(), "lrelu": nn.LeakyReLU(alpha), "tanh": nn.Tanh()}[act]
+        self.act = {"relu": nn.ReLU(), "lrelu": nn.LeakyReLU(alpha), "tanh": nn.Tanh(), "linear": nn.Identity()}[act]
+        self.transposed, self.stride, self.padding = transposed, stride, padding
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
+        convolve = F.conv_transpose2d if self.transposed else F.conv2d
+        y = convolve(x, self.conv.weight.to(x.dtype), None, self.stride, self.padding)
         if self.norm is not None:
             y = self.norm(y)
         elif self.bias is not None:
@@ -128,17 +128,10 @@ def _block(impl: str) -> Any:
     return ConvBlock if check_impl(impl) == "fused" else TorchBlock
 
 
-def _body(config: DCGANConfig, x: Tensor) -> torch.autocast:
-    # Without autocast's cache of casted weights: a CUDA graph would keep one step's.
-    return torch.autocast(x.device.type, torch.bfloat16, enabled=config.body == "bfloat16", cache_enabled=False)
-
-
 def _initialise(module: nn.Module) -> None:
     """Radford et al. 2016, section 4: weights of standard deviation 0.02; norms around 1 as in their code."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
 
@@ -147,5 +140,3 @@ def _initialise_alone(module: nn.Module) -> None:
     """Without a norm behind it a convolution must keep the variance itself (He et al. 2015, section 2.2)."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, 0.2)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -19,7 +19,7 @@ class ConvBlock(nn.Module):
     ``act`` and ``alpha`` as `genfast.ops.bias_act`, gain 1. In evaluation the statistics of a batch are folded into the convolution's
     weight. Parameters are ``conv.weight`` and ``norm.weight``, ``norm.bias`` and the running statistics of `torch.nn.BatchNorm2d`, or
     ``norm.weight`` and ``norm.bias`` of `torch.nn.GroupNorm`, or ``bias``. `torch.nn.SyncBatchNorm.convert_sync_batchnorm` makes the
-    batch that of all ranks.
+    batch that of all ranks. The result has x's dtype, in which the convolution takes its weight.
     """
 
     def __init__(
@@ -54,9 +54,10 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         options: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "transposed": self.transposed}
         options |= {"act": self.act, "alpha": self.alpha, "training": self.training}
-        norm, weight = self.norm, self.conv.weight
+        norm, weight = self.norm, self.conv.weight.to(x.dtype)
         if norm is None:
-            return ops.conv_block(x, weight, self.bias, residual, **options)
+            assert self.bias is not None
+            return ops.conv_block(x, weight, self.bias.to(x.dtype), residual, **options)
         options |= {"norm_weight": norm.weight, "eps": norm.eps}
         if isinstance(norm, nn.GroupNorm):
             return ops.conv_block(x, weight, norm.bias, residual, norm="group", norm_groups=norm.num_groups, **options)

@@ -318,7 +318,7 @@ def test_a_file_brings_the_generator_back(name: str, tmp_path: Path) -> None:
         (StyleGAN2Config, {"mapping_layers": 0}, "mapping_layers: got 0"),
         (R3GANConfig, {"group_channels": 7}, "group_channels: got 7, supported: a divisor of 768"),
         (R3GANConfig, {"blocks": 0}, "blocks: got 0"),
-        (DCGANConfig, {"body": "float16"}, "body: got 'float16', supported: 'float32', 'bfloat16'"),
+        (DCGANConfig, {"body": "int8"}, "body: got 'int8', supported: 'float32', 'bfloat16', 'float16'"),
     ],
 )
 def test_bad_configurations_are_sentences(config: type, changes: dict[str, Any], message: str) -> None:

@@ -266,6 +266,38 @@ def test_five_steps_equal_a_loop_written_out(name: str, mapped: bool, backend: s
     assert {"d_loss", "d_real", "d_fake", "g_loss", *step.weights} == step.take_means().keys() and step.take_means() == {}
 
 
+def test_a_seeded_generator_is_told_which_use_it_is() -> None:
+    used: list[tuple[str, int, int]] = []
+
+    class Half(nn.Module):
+        def __init__(self, name: str, inner: nn.Module) -> None:
+            super().__init__()
+            self.name, self.inner = name, inner
+
+        def forward(self, x: Tensor, seeds: Tensor, draw: int) -> Tensor:
+            used.append((self.name, len(seeds), draw))
+            return self.inner(x)  # type: ignore[no-any-return]
+
+    class Seeded(Mapped):
+        seeded = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.mapping, self.synthesis = Half("mapping", self.mapping), Half("synthesis", self.synthesis)  # type: ignore[assignment]
+
+        def forward(self, z: Tensor, *seeds: Any) -> Tensor:
+            return self.synthesis(self.mapping(z, *seeds), *seeds)  # type: ignore[no-any-return]
+
+    objective = Objective(r2=0.5, d_every=2, path_length=1.0, path_shrink=2, g_every=2)
+    step = AdversarialStep(Seeded().double(), tiny_discriminator(), SHAPE, LATENT, objective)
+    step.load(**filled(step, 0))
+    step.run([*objective.discriminator_phases(0), *objective.generator_phases(0)])
+    # The penalty sees the fakes of its own discriminator's phase; the path length takes half of the batch.
+    assert used == [(half, count, draw) for count, draw in ((4, 0), (4, 0), (4, 1), (2, 2)) for half in ("mapping", "synthesis")]
+    with pytest.raises(ValueError, match="path_shrink: got 3, supported: a divisor of the batch 4"):
+        AdversarialStep(tiny_generator(), tiny_discriminator(), SHAPE, LATENT, Objective(path_length=1.0, path_shrink=3))
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_adam_reads_a_gradient_where_its_parameter_lies(layout: torch.memory_format) -> None:
     """Its kernel walks through memory: weights in one format, pictures in another and moments from a file must not be mixed up."""
