@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -179,6 +180,14 @@ def route(q: Tensor, k: Tensor, terms: bool) -> Route:
         )
     if q.dtype == torch.float32 or (device == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0)):
         return Route("genfast", "fused multiply-adds in float32, softmax online")
+    if (
+        device == "cuda"
+        and os.environ.get("GENFAST_ATTENTION_HOPPER") in ("1", "all")
+        and torch.cuda.get_device_capability(q.device) == (9, 0)
+    ):
+        return Route(
+            "genfast", "as GENFAST_ATTENTION_HOPPER asks, wgmma tiles fed by TMA where docs/attention-hopper.md allows, else mma.sync"
+        )
     return Route("genfast", "mma.sync tiles of queries and keys fed by cp.async, softmax online")
 
 
