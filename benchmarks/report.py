@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ["README.md", "docs/performance.md", "docs/diffusers.md", "docs/gan-ops.md"]
+PAGES = ["README.md", "docs/performance.md", "docs/diffusers.md", "docs/gan-ops.md", "docs/attention.md"]
 BLOCK = re.compile(r"(<!-- benchmark:(\S+) -->\n)(.*?)(<!-- /benchmark -->)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -110,7 +110,7 @@ def block(name: str) -> str:
     """The text of one block; NAME is file[:threads]."""
     file, _, threads = name.partition(":")
     rows = [r for r in read_rows(file) if not threads or str(r.get("threads")) == threads]
-    table = {"schedulers": schedulers_table, "gan": operators_table}.get(file.split("-")[0], steps_table)
+    table = {"schedulers": schedulers_table, "gan": operators_table, "attention": operators_table}.get(file.split("-")[0], steps_table)
     return f"{table(rows)}\n\n{source_line(rows)}\n" if rows else "No rows yet.\n"
 
 

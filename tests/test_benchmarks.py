@@ -88,3 +88,12 @@ def test_quick_gan_writes_rows(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "gan-cpu.jsonl").read_text().splitlines()]
     assert {row["variant"] for row in rows} == {"genfast", "reference", "conv_transpose2d", "conv2d"}
     assert all(row["median_us"] > 0 for row in rows)
+
+
+def test_quick_attention_writes_rows(tmp_path: Path) -> None:
+    """Every variant computes the same, or the suite stops."""
+    command = [sys.executable, "-m", "benchmarks.run", "--quick", "--device", "cpu", "--out", str(tmp_path), "--suite", "attention"]
+    subprocess.run([*command, "--filter", "SD1.5, 32x32"], cwd=ROOT, check=True, capture_output=True, text=True)
+    rows = [json.loads(line) for line in (tmp_path / "attention-cpu.jsonl").read_text().splitlines()]
+    assert {row["variant"] for row in rows} == {"genfast", "sdpa", "reference"}
+    assert all(row["median_us"] > 0 and row["tflops"] > 0 for row in rows)

@@ -229,6 +229,10 @@ def test_differences(spec: OpSpec, case: Case) -> None:
     assert torch.autograd.gradgradcheck(function, leaves, check_fwd_over_rev=True, check_rev_over_rev=True, fast_mode=True)
 
 
+def second_tangent(function: Any, primals: tuple[Tensor, ...], directions: tuple[Tensor, ...]) -> Any:
+    return torch.func.jvp(lambda *t: torch.func.jvp(function, t, directions)[1], primals, directions)[1]
+
+
 @pytest.mark.parametrize(("spec", "case"), ONCE)
 def test_transforms(spec: OpSpec, case: Case) -> None:
     """torch.func.grad, jvp, vmap and their compositions against the same of the reference, in float64."""
@@ -253,6 +257,7 @@ def test_transforms(spec: OpSpec, case: Case) -> None:
     places = tuple(range(len(tensors)))
     both(lambda f: torch.func.grad(loss(f), argnums=places)(*tensors))
     both(lambda f: torch.func.jvp(f, tuple(tensors), tuple(directions))[1])
+    both(lambda f: second_tangent(f, tuple(tensors), tuple(directions)))
     both(lambda f: [torch.func.jvp(lambda *g: torch.func.grad(loss(f), argnums=places)(*g), tuple(tensors), tuple(directions))[1][0]])
     if case.name in spec.twice and not arguments.get("rescale"):
         many = [torch.stack([t, d, t - d]) for t, d in zip(tensors, directions, strict=True)]

@@ -146,20 +146,19 @@ def backward(
     return tuple(joined) if only_bias else (joined[0], dk.to(x.k.dtype), dv.to(x.v.dtype), *joined[1:])
 
 
-def tangent(x: Inputs, t: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o, lse and their tangents along ``t`` (its q, k, v, bias), differentiable."""
+def tangent(x: Inputs, t: Inputs, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The tangents of o and lse along ``t`` (its q, k, v, bias). Differentiable, but not through a given ``lse``, which saves work."""
     w, t = x.widened(), t.widened()
-    empty, none = w.q.new_zeros(w.q[:, :, :0].shape), w.q.new_zeros((*w.q.shape[:2], 0))
-    results: list[list[Tensor]] = [[empty], [none], [empty], [none]]
+    results: list[list[Tensor]] = [[w.q.new_zeros(w.q[:, :, :0].shape)], [w.q.new_zeros((*w.q.shape[:2], 0))]]
     for at in x.blocks():
-        p, lse = _normalise(w.scores(at))
+        s = w.scores(at)
+        p = _normalise(s)[0] if lse is None else _weights(s, lse[:, :, at])
         ts = _score_tangent(w, t, at)
         tlse = (p * ts).sum(-1)
-        tp = p * (ts - tlse[..., None])
-        for kept, block in zip(results, (_each(p, w.v), lse, _each(tp, w.v) + _each(p, t.v), tlse), strict=True):
-            kept.append(block)
-    o, lse, to, tlse = (torch.cat(blocks, 2) for blocks in results)
-    return o.to(x.q.dtype), lse, to.to(x.q.dtype), tlse
+        results[0].append(_each(p * (ts - tlse[..., None]), w.v) + _each(p, t.v))
+        results[1].append(tlse)
+    to, tlse = (torch.cat(blocks, 2) for blocks in results)
+    return to.to(x.q.dtype), tlse
 
 
 def _score_tangent(w: Inputs, t: Inputs, at: slice) -> Tensor:

@@ -7,7 +7,7 @@ derivatives, so they close under backward, forward and vmap to any order. The ot
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,23 @@ def wanted(tensors: Iterable[Tensor | None]) -> bool:
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return _carried(tensors)
+
+
+def tangent_rule(rule: Callable[..., Any]) -> Any:
+    """``rule(ctx, saved, *tangents)`` as the ``jvp`` of an autograd.Function; ``saved``: its saved tensors.
+
+    torch (seen on 2.13) switches forward mode off for every level while a rule runs, so that a tangent of a tangent would silently be zero.
+    Within torch.func it is therefore on again here, and the primals come without the tangent that this level has given them.
+    """
+
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        if not torch._C._are_functorch_transforms_active():
+            return rule(ctx, ctx.saved_tensors, *tangents)
+        with forward_ad._set_fwd_grad_enabled(True):
+            saved = [None if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors]
+            return rule(ctx, saved, *tangents)
+
+    return staticmethod(jvp)
 
 
 def refuse_derivatives(op: str, tensors: Iterable[Tensor | None], instead: str) -> None:
@@ -199,9 +216,9 @@ class _Step(torch.autograd.Function):
         results = iter(_apply(_TransposedStep, coef, present, wanted, ctx.dtypes[2] is not None, *grads))
         return (None, None, None, None, *(next(results) if w else None for w in ctx.needs_input_grad[4:]))
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        coef, index, *primals = ctx.saved_tensors
+    @tangent_rule
+    def jvp(ctx: Any, saved: Sequence[Any], *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        coef, index, *primals = saved
         parts = [torch.zeros_like(p) if t is None and p is not None else t for t, p in zip(tangents[4:], primals, strict=True)]
         return _apply(_Step, _without_noise(coef), index, None, ctx.outputs, *parts)
 
@@ -247,9 +264,9 @@ class _TransposedStep(torch.autograd.Function):
         index = torch.zeros(1, 12, dtype=torch.int64, device=coef.device)
         return (None, None, None, None, *_apply(_Step, _without_noise(coef), index, None, ctx.outputs, x, cond, uncond, *history))
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        coef, *primals = ctx.saved_tensors
+    @tangent_rule
+    def jvp(ctx: Any, saved: Sequence[Any], *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        coef, *primals = saved
         parts = [torch.zeros_like(p) if t is None else t for t, p in zip(tangents[4:], primals, strict=True)]
         return _apply(_TransposedStep, coef, ctx.dtypes, ctx.wanted, ctx.guided, *parts)
 

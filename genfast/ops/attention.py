@@ -16,7 +16,8 @@ from genfast import _library
 from . import _attention_blocks as blocks
 from . import _backend
 from ._attention_blocks import Inputs
-from ._autograd import refuse_lost_derivatives, wanted
+from ._attention_tangent import tangent
+from ._autograd import refuse_lost_derivatives, tangent_rule, wanted
 from ._backend import implementations
 from ._checks import check_dtype, check_tensor, readable, refusal
 
@@ -115,15 +116,16 @@ def attention_jvp(
 ) -> tuple[Tensor, Tensor]:
     """`attention` and its derivative along (``tq``, ``tk``, ``tv``), shaped as q, k and v: what sCM (Lu and Song 2024) and MeanFlow need.
 
-    The other arguments are those of `attention`. Returns the output and its tangent, both (B, H, N, D) in q's dtype, made together from
-    one set of scores in plain torch over blocks of query rows: six products of the size of q k^T, memory linear in the sequence. Both
-    are differentiable. A wrong argument is a ValueError that names it.
+    The other arguments are those of `attention`. Returns the output and its tangent, both (B, H, N, D) in q's dtype: two products of the
+    size of q k^T and five more, memory linear in the sequence. Both are differentiable, and a graph of either keeps only the inputs and
+    the output; the gradient of the tangent recomputes the scores. A wrong argument is a ValueError that names it.
     """
     bias, mask, scale = _check(q, k, v, bias, mask, scale)
     for name, t, primal in (("tq", tq, q), ("tk", tk, k), ("tv", tv, v)):
         check_tensor(name, t, primal.shape, primal.dtype, primal.device)
-    o, _, to, _ = blocks.tangent(Inputs(q, k, v, bias, mask, causal, scale), Inputs(tq, tk, tv, None))
-    return o, to
+    run = _differentiable if wanted((q, k, v, bias)) else _call_forward
+    o, lse = run(q, k, v, bias, mask, causal, scale)
+    return o, tangent(Inputs(q, k, v, bias, mask, causal, scale), Inputs(tq, tk, tv, None), o, lse)[0]
 
 
 def explain_attention(
@@ -374,7 +376,7 @@ class _Attention(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.causal, ctx.scale = inputs
         ctx.save_for_backward(*tensors, *output)
-        ctx.save_for_forward(*tensors)
+        ctx.save_for_forward(*tensors, *output)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -388,10 +390,10 @@ class _Attention(torch.autograd.Function):
         grads: tuple[Tensor, ...] = run(do, dlse, q, k, v, bias, mask, ctx.causal, ctx.scale, o.detach(), lse.detach(), bias_grad)
         return (*grads[:3], grads[3] if bias_grad else None, None, None, None)
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
-        q, k, v, bias, mask = ctx.saved_tensors
-        return blocks.tangent(Inputs(q, k, v, bias, mask, ctx.causal, ctx.scale), _direction((q, k, v, bias), tangents))[2:]
+    @tangent_rule
+    def jvp(ctx: Any, saved: Sequence[Any], *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, k, v, bias, mask, o, lse = saved
+        return tangent(Inputs(q, k, v, bias, mask, ctx.causal, ctx.scale), _direction((q, k, v, bias), tangents), o, lse)
 
     @staticmethod
     def vmap(
@@ -442,8 +444,10 @@ class _AttentionBackward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def _tangent(ctx: Any, direction: Sequence[Tensor | None], tdo: Tensor | None, tdlse: Tensor | None, bias_grad: bool) -> Any:
-        do, dlse, q, k, v, bias, mask = ctx.saved_tensors
+    def _tangent(
+        ctx: Any, saved: Sequence[Any], direction: Sequence[Tensor | None], tdo: Tensor | None, tdlse: Tensor | None, bias_grad: bool
+    ) -> Any:
+        do, dlse, q, k, v, bias, mask = saved
         x = Inputs(q, k, v, bias, mask, ctx.causal, ctx.scale)
         return blocks.backward_tangent(x, do, dlse, _direction((q, k, v, bias), direction), tdo, tdlse, bias_grad)
 
@@ -451,14 +455,14 @@ class _AttentionBackward(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         bias_wanted = ctx.needs_input_grad[5]
         direction = (*cotangents, None) if len(cotangents) == 3 else cotangents
-        dq, dk, dv, *dbias, to, tlse = _AttentionBackward._tangent(ctx, direction, None, None, bias_wanted)
+        dq, dk, dv, *dbias, to, tlse = _AttentionBackward._tangent(ctx, ctx.saved_tensors, direction, None, None, bias_wanted)
         gradients = (to, tlse if ctx.needs_input_grad[1] else None, dq, dk, dv, dbias[0] if dbias else None)
         return (*gradients, *(None,) * 6)
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+    @tangent_rule
+    def jvp(ctx: Any, saved: Sequence[Any], *tangents: Tensor | None) -> tuple[Tensor, ...]:
         tdo, tdlse, *direction = tangents[:6]
-        results: tuple[Tensor, ...] = _AttentionBackward._tangent(ctx, direction, tdo, tdlse, ctx.bias_grad)
+        results: tuple[Tensor, ...] = _AttentionBackward._tangent(ctx, saved, direction, tdo, tdlse, ctx.bias_grad)
         return results[:-2]
 
     @staticmethod

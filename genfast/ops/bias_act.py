@@ -6,6 +6,7 @@ order, in ``x`` of the next. The kernels hold orders 0 to 3; a third one that is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from genfast.reference.bias_act import ACTIVATIONS, bias_act_derivative
 
 from . import _backend
-from ._autograd import refuse_lost_derivatives, wanted
+from ._autograd import refuse_lost_derivatives, tangent_rule, wanted
 from ._checks import check_dtype, check_tensor, refusal
 
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
@@ -154,10 +155,12 @@ class _BiasAct(torch.autograd.Function):
             grad_x, grad_b = results[0] if needs_x else None, results[1] if needs_b else None
         return grad_factor, grad_x, grad_b, None, None, None
 
-    @staticmethod
-    def jvp(ctx: Any, t_factor: Tensor | None, t_x: Tensor | None, t_b: Tensor | None, *_: None) -> tuple[Tensor, ...]:
+    @tangent_rule
+    def jvp(
+        ctx: Any, saved: Sequence[Any], t_factor: Tensor | None, t_x: Tensor | None, t_b: Tensor | None, *_: None
+    ) -> tuple[Tensor, ...]:
         curve, order = ctx.curve, ctx.order
-        factor, x, b = ctx.saved_tensors
+        factor, x, b = saved
         tangent = torch.zeros_like(x) if t_factor is None else _derivative(t_factor, x, b, curve, order, False)[0]
         inner = t_x
         if t_b is not None:

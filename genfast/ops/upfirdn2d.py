@@ -13,7 +13,7 @@ from genfast.reference.solver_step import layout_of
 from genfast.reference.upfirdn2d import Pair, filter_size, padding_of, pair, same_padding, setup_filter
 
 from . import _backend
-from ._autograd import refuse_lost_derivatives, wanted
+from ._autograd import refuse_lost_derivatives, tangent_rule, wanted
 from ._checks import check_dtype, refusal
 
 __all__ = ["downsample2d", "filter2d", "setup_filter", "upfirdn2d", "upsample2d"]
@@ -132,9 +132,9 @@ class _Upfirdn2d(torch.autograd.Function):
         (f,) = ctx.saved_tensors
         return _differentiable(grad, f, ctx.resampling.transposed(ctx.size, f)), None, None
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        (f,) = ctx.saved_tensors
+    @tangent_rule
+    def jvp(ctx: Any, saved: Sequence[Any], tangent: Tensor, *_: None) -> Tensor:
+        (f,) = saved
         result: Tensor = _differentiable(tangent, f, ctx.resampling)
         return result
 

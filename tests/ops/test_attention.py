@@ -219,6 +219,51 @@ def test_attention_jvp() -> None:
         ops.attention_jvp(q, k, v, directions[0], directions[1][:, :, :6], directions[2])
 
 
+@pytest.mark.parametrize("transform", ["attention_jvp", "torch.func.jvp"])
+def test_tangent_beside_a_gradient(transform: str) -> None:
+    """As sCM and MeanFlow train: gradients through the output, and where it is asked for through the tangent, to the second order."""
+    directions = tuple(t.roll(1) for t in few()[:3])
+
+    def both(leaves: list[Tensor], namespace: Any = ops) -> tuple[Tensor, Tensor]:
+        *primals, bias = leaves
+        if transform == "attention_jvp" and namespace is ops:
+            return ops.attention_jvp(*primals, *directions, bias, MASK, True, 0.7)
+        result = torch.func.jvp(lambda *t: namespace.attention(*t, bias, MASK, True, 0.7), tuple(primals), directions)
+        return result[0], result[1]
+
+    def loss(o: Tensor, to: Tensor) -> Tensor:
+        return (o**3).sum() + (o * to).sum() + (to**2).sum()
+
+    results = []
+    for namespace in (ops, reference):
+        leaves = [t.requires_grad_() for t in few()]
+        first = torch.autograd.grad(loss(*both(leaves, namespace)), leaves, create_graph=True)
+        results.append([*first, *torch.autograd.grad(sum((g**2).sum() for g in first), leaves)])  # type: ignore[arg-type]
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max()))
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):  # type: ignore[func-returns-value]
+        both([t.requires_grad_() for t in few()])
+    assert kept and max(kept) <= max(t.numel() for t in (*few(), MASK))  # no block of scores
+
+
+def test_tangent_of_a_tangent() -> None:
+    directions = tuple(t.roll(1) for t in few()[:3])
+
+    def second(namespace: Any, *primals: Tensor) -> Tensor:
+        def first(*t: Tensor) -> Tensor:
+            return torch.func.jvp(lambda *u: namespace.attention(*u, None, MASK, True, 0.7), t, directions)[1]  # type: ignore[no-any-return]
+
+        return torch.func.jvp(first, primals, directions)[1]  # type: ignore[no-any-return]
+
+    expected = second(reference, *few()[:3])
+    torch.testing.assert_close(second(ops, *few()[:3]), expected, rtol=1e-10, atol=1e-10)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(t, d) for t, d in zip(few()[:3], directions, strict=True)]
+        to = ops.attention_jvp(*duals, *directions, None, MASK, True, 0.7)[1]  # type: ignore[arg-type]
+        torch.testing.assert_close(forward_ad.unpack_dual(to).tangent, expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("dims", [(0, 0, 0, 0), (1, None, 0, None), (None, 2, None, 0), (None, None, None, 3)], ids=str)
 def test_vmap(dims: tuple[int | None, ...]) -> None:
     """Values and per-sample gradients with any of the inputs batched, a bias of one sample for all included."""

@@ -27,4 +27,13 @@ struct AttentionParams {
   DType bias_dtype;
 };
 
+// Of attention_tangent_: `primal` with its o and lse given; the tangents of q, k, v come in, those of o and lse go out. Shapes of the primals.
+struct AttentionTangentParams {
+  AttentionParams primal;
+  const void *tq, *tk, *tv;
+  void* to;
+  float* tlse;
+  AttentionRows tq_at, tk_at, tv_at, to_at;
+};
+
 }  // namespace genfast

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from genfast.ops._autograd import tangent_rule
+
 enabled = False  # set by the user: whether `no_weight_gradients` has an effect
 weight_gradients_disabled = False
 
@@ -43,8 +45,8 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor | None:
         return None if weight_gradients_disabled else grad
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+    @tangent_rule
+    def jvp(ctx: Any, saved: Any, tangent: Tensor) -> Tensor:
         return tangent.view_as(tangent)
 
 

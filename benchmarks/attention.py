@@ -1,0 +1,208 @@
+"""Suite "attention": the shapes of real models beside torch's scaled_dot_product_attention, forward and backward alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks import timing
+from benchmarks.timing import Options, Row
+from genfast import ops, reference
+
+Call = Callable[..., Tensor]
+
+# The reference and its compiled form hold all scores; beyond this many they are left out.
+MOST_SCORES = 2**26
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """q (batch, heads, queries, width), k and v (batch, kv_heads, keys, width); ``bias`` is the shape of an additive bias with a gradient,
+    ``mask`` that of a bool mask. ``tokens`` lie before ``heads`` in memory, as a projection leaves them."""
+
+    name: str
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    width: int
+    bias: tuple[int, int, int, int] | None = None
+    mask: tuple[int, int, int, int] | None = None
+    causal: bool = False
+
+    @property
+    def shape(self) -> list[int]:
+        return [self.batch, self.heads, self.queries, self.keys, self.width]
+
+    @property
+    def flops(self) -> float:
+        """Of the forward pass: two products; the backward pass has five."""
+        return 4.0 * self.batch * self.heads * self.queries * self.keys * self.width * (0.5 if self.causal else 1.0)
+
+
+def attention_cases(device: str) -> list[AttentionCase]:
+    """Guided batches of 2. On a CPU the longest sequences and the batches are cut, which the names say."""
+    gpu = device == "cuda"
+    cases = [
+        AttentionCase("SD1.5, 64x64, self", 2, 8, 4096, 4096, 40),
+        AttentionCase("SD1.5, 32x32, self", 2, 8, 1024, 1024, 80),
+        AttentionCase("SD1.5, 16x16, self", 2, 8, 256, 256, 160),
+        AttentionCase("SD1.5, 64x64, text", 2, 8, 4096, 77, 40),
+        AttentionCase("SD1.5, 32x32, text", 2, 8, 1024, 77, 80),
+        AttentionCase("SD1.5, 16x16, text", 2, 8, 256, 77, 160),
+        AttentionCase("SDXL, 32x32, self", 2, 20, 1024, 1024, 64),
+        AttentionCase("SDXL, 64x64, text", 2, 10, 4096, 77, 64),
+        AttentionCase("DiT-XL/2, 256 px", 2, 16, 256, 256, 72),
+        AttentionCase("PixArt, 512 px, self", 2, 16, 1024, 1024, 72),
+        AttentionCase("PixArt, 512 px, masked text", 2, 16, 1024, 120, 72, mask=(2, 1, 1, 120)),
+        AttentionCase("SD3, 512 px, joint", 2, 24, 1024 + 154, 1024 + 154, 64),
+        AttentionCase("Flux, 512 px, joint", 1, 24, 1024 + 512, 1024 + 512, 128),
+        AttentionCase("EDM U-Net, 16x16", 16, 1, 256, 256, 256),
+        AttentionCase("GPT-2, causal", 2, 12, 1024, 1024, 64, causal=True),
+        AttentionCase("T5, bias of positions", 2, 12, 512, 512, 64, bias=(1, 12, 512, 512)),
+        AttentionCase("windows, bias", 64, 6, 64, 64, 32, bias=(1, 6, 64, 64)),
+        AttentionCase("one head of 256, bias", 8, 1, 256, 256, 256, bias=(1, 1, 256, 256)),
+        AttentionCase("SD1.5, 32x32, self, mask", 2, 8, 1024, 1024, 80, mask=(2, 1, 1024, 1024)),
+    ]
+    if gpu:
+        sizes = [(1024, 16), (4096, 4), (16384, 1)]
+        heads = {64: 32, 80: 32, 96: 24, 128: 16, 160: 16, 192: 12, 256: 8}
+        cases += [AttentionCase(f"{n} tokens, d{d}", b, heads[d], n, n, d) for d in heads for n, b in sizes]
+        cases += [AttentionCase(f"{n} tokens, d{d}, causal", b, heads[d], n, n, d, causal=True) for d in (64, 128) for n, b in sizes]
+        return [*cases, AttentionCase("Wan, 32,760 tokens", 1, 12, 32760, 32760, 128)]
+    return [*cases, AttentionCase("Wan, 8,192 of 32,760 tokens, 1 of 12 heads", 1, 1, 8192, 8192, 128)]
+
+
+def _calls(case: AttentionCase, device: str, quick: bool, dtype: torch.dtype) -> dict[str, Call]:
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if bias is None else bias, is_causal=case.causal)
+
+    def fixed(backend: SDPBackend) -> Call:
+        def call(*inputs: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return sdpa(*inputs)
+
+        return call
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+        o = reference.attention(q, k, v, bias=bias, mask=mask, causal=case.causal)
+        assert isinstance(o, Tensor)
+        return o
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+        o = ops.attention(q, k, v, bias=bias, mask=mask, causal=case.causal)
+        assert isinstance(o, Tensor)
+        return o
+
+    calls: dict[str, Call] = {"genfast": ours, "sdpa": sdpa}
+    if device == "cuda":
+        calls |= {f"sdpa {name}": fixed(backend) for name, backend in BACKENDS.items()}
+    if case.batch * case.heads * case.queries * case.keys <= MOST_SCORES:
+        calls["reference"] = plain
+        if device == "cuda" or (dtype == torch.float32 and not quick):
+            calls["compiled"] = torch.compile(plain, dynamic=False)
+    return calls
+
+
+def _works(call: Call, inputs: list[Tensor | None], backward: bool) -> bool:
+    """Whether a backend of torch takes these arguments."""
+    try:
+        o = call(*inputs)
+        if backward:
+            o.sum().backward()
+    except RuntimeError:
+        return False
+    return True
+
+
+def time_case(case: AttentionCase, dtype: torch.dtype, direction: str, ceiling: float, options: Options) -> list[Row]:
+    """Microseconds of one pass of every variant; ``direction``: "forward", "backward" (alone, its graph kept) or "tangent"."""
+    generator = torch.Generator().manual_seed(0)
+    backward, device = direction == "backward", options.device
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    sides = [(case.batch, rows, case.heads, case.width) for rows in (case.queries, case.keys, case.keys)]
+    q, k, v = (draw(*side).transpose(1, 2).requires_grad_(backward) for side in sides)
+    bias = None if case.bias is None else draw(*case.bias).requires_grad_(backward)
+    mask = None if case.mask is None else torch.rand(case.mask, generator=generator).to(device) < 0.8
+    inputs = [q, k, v, bias, mask]
+    torch.compiler.reset()
+    calls = {
+        name: call
+        for name, call in _calls(case, device, options.quick, dtype).items()
+        if not name.startswith("sdpa ") or _works(call, inputs, backward)
+    }
+    wide = [None if t is None else t.detach().to(torch.float32) if t.is_floating_point() else t for t in inputs]
+    with torch.no_grad():
+        o = calls["sdpa"](*wide)
+        bound = 1e-4 if dtype == torch.float32 else 3e-2
+        for name, call in calls.items():
+            error = ((call(*inputs) - o).abs().max() / o.abs().max()).item()
+            if not error < bound:
+                raise RuntimeError(f"{case.name}, {dtype}: {name} differs from torch in float32 by {error:.1e} on the timed inputs")
+    do = draw(case.batch, case.queries, case.heads, case.width).transpose(1, 2)
+    wanted = [t for t in (q, k, v, bias) if t is not None]
+
+    def variant(call: Call) -> Callable[[], object]:
+        if not backward:
+            return lambda: call(*inputs)
+        result = call(*inputs)
+        return lambda: torch.autograd.grad(result, wanted, do, retain_graph=True)
+
+    variants = {name: variant(call) for name, call in calls.items()}
+    if direction == "tangent":
+        tq, tk, tv = (torch.randn_like(t) for t in (q, k, v))
+        variants = {"forward": variants["genfast"]}
+        variants["genfast"] = lambda: ops.attention_jvp(q, k, v, tq, tk, tv, bias=bias, mask=mask, causal=case.causal)
+    results = timing.interleave(
+        variants,
+        device=device,
+        rounds=3 if options.quick else 9,
+        round_seconds=0.0 if options.quick else 0.03,
+        quiet=not options.quick,
+    )
+    facts = timing.environment(device) | {"command": options.command}
+    label = f"{case.name}, {str(dtype).removeprefix('torch.')}, {direction}, {'x'.join(map(str, case.shape))}"
+    rows = []
+    for name, t in results.items():
+        tflops = case.flops * (2.5 if backward else 1.0) / t.median * 1e-6
+        row: Row = {"case": label, "variant": name, "shape": case.shape, "dtype": str(dtype).removeprefix("torch.")}
+        row |= {"median_us": round(t.median, 3), "iqr_us": round(t.iqr, 3), "rounds": t.rounds, "discarded": t.discarded}
+        rows.append(row | {"tflops": round(tflops, 3), "share_of_matmul": round(tflops / ceiling, 4)} | facts)
+    return rows
+
+
+def matmul_tflops(device: str, dtype: torch.dtype) -> float:
+    """The ceiling: torch's product of two square matrices of random numbers, in TFLOP/s."""
+    n = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    us = timing.interleave({"matmul": lambda: a @ b}, device=device, rounds=11, round_seconds=0.05, quiet=False)["matmul"].median
+    return 2.0 * n**3 / us * 1e-6
+
+
+def run(options: Options) -> Iterator[tuple[str, list[Row]]]:
+    dtypes = [torch.bfloat16, torch.float32]
+    for threads in options.threads:
+        if options.device == "cpu":
+            torch.set_num_threads(threads)
+        ceilings = {dtype: matmul_tflops(options.device, dtype) for dtype in dtypes}
+        for case in attention_cases(options.device):
+            if options.filter not in case.name:
+                continue
+            if options.quick:
+                case = replace(case, queries=min(case.queries, 64), keys=min(case.keys, 77), bias=None, mask=None)
+            for dtype in dtypes:
+                directions = ["forward", "backward"]
+                if case.name == "SD1.5, 32x32, self" and not options.quick:
+                    directions.append("tangent")
+                for direction in directions:
+                    rows = time_case(case, dtype, direction, ceilings[dtype], options)
+                    yield rows[0]["case"] + (f", {threads} threads" if threads else ""), rows
