@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
     registers_up_to<hopper_registers(kTile)>();
     const int group = role - 1, thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, t = lane % 4;
     const int row = 64 * group + thread / 32 * 16 + lane / 4;  // and row + 8
-    const float factor = p.scale * kLog2e;                     // scores in powers of two; positive: hopper_serves()
+    const float factor = p.scale * kLog2e;                     // scores in powers of two; positive: hopper_can()
     const float late = kTerms ? 1.0f : factor;                 // applied on the way into the exponential
     const uint64_t from_queries = matrix_descriptor<kRow>(shared_address(queries) + group * 64 * kRow, 8 * kRow, 0);
     const uint64_t from_keys = matrix_descriptor<kRow>(shared_address(ring), 8 * kRow, 0);
@@ -203,6 +203,8 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
       wgmma_commit();
     };
     const auto multiply_values = [&](int slot) {
+      pinned(out);
+      pinned(weight);
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < kKeys / 16; ++i) {
@@ -284,7 +286,7 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
       mbarrier_wait(full + place.slot, place.parity);
       multiply_keys(place.slot);
       wgmma_wait<0>();
-      landed(score);
+      pinned(score);
       release(place.slot);
       place = place.next();
       soften(tiles - 1);
@@ -301,11 +303,12 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
         multiply_values(values.slot);
         pass_turn();
         wgmma_wait<1>();
-        landed(score);
+        pinned(score);
         release(keys.slot);
         soften(tile);
+        finished(sum[0] + sum[1], full);
         wgmma_wait<0>();
-        landed(out);
+        pinned(out);
         release(values.slot);
 #pragma unroll
         for (int i = 0; i < kWidth / 2; ++i) out[i] *= shrink[i / 2 % 2];
@@ -314,7 +317,7 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
       mbarrier_wait(full + place.slot, place.parity);
       multiply_values(place.slot);
       wgmma_wait<0>();
-      landed(out);
+      pinned(out);
       release(place.slot);
       place = place.next();
 
