@@ -42,12 +42,28 @@ __device__ __forceinline__ void wgmma_wait() {
 #endif
 }
 
-// The compiler takes sums for ready when a product is issued: behind a wait this keeps their uses from moving in front of it.
-template <int kCount>
-__device__ __forceinline__ void landed([[maybe_unused]] float (&sums)[kCount]) {
+// The compiler knows neither that products run on behind the asm statement that issues them nor what wgmma_fence() is for. In front of a
+// fence this makes it finish the registers, behind a wait it keeps uses of the sums from moving in front of it.
+template <class T, int kCount>
+__device__ __forceinline__ void pinned([[maybe_unused]] T (&registers)[kCount]) {
 #if !defined(GF_EMULATE)
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+  for (int i = 0; i < kCount; ++i) {
+    if constexpr (std::is_same_v<T, float>) {
+      asm volatile("" : "+f"(registers[i])::"memory");
+    } else {
+      asm volatile("" : "+r"(registers[i])::"memory");
+    }
+  }
+#endif
+}
+
+// Work that leads to x >= 0 is done before the next wait: the assembler moves a wait in front of arithmetic that does not need it, but not
+// in front of a store, which here never happens.
+__device__ __forceinline__ void finished([[maybe_unused]] float x, [[maybe_unused]] void* shared) {
+#if !defined(GF_EMULATE)
+  asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p st.shared.f32 [%1], %0;\n}" ::"f"(x), "r"(shared_address(shared))
+               : "memory");
 #endif
 }
 

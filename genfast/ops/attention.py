@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -177,7 +178,12 @@ def route(q: Tensor, k: Tensor, terms: bool) -> Route:
         return Route("torch_cpu_flash", f"bfloat16 of head dimension {d} with nothing to add: torch's CPU kernel, measured faster above 96")
     if device == "cpu":
         return Route("genfast", "tiles of queries and keys, softmax online")
-    return _cuda_route(q)
+    chosen = _cuda_route(q)
+    hopper = device == "cuda" and torch.cuda.get_device_capability(q.device) == (9, 0) and q.dtype in (torch.bfloat16, torch.float16)
+    if chosen.kernel == "genfast" and hopper and os.environ.get("GENFAST_ATTENTION_HOPPER") in ("1", "all"):
+        where = "as GENFAST_ATTENTION_HOPPER asks, wgmma tiles fed by TMA where docs/attention-hopper.md allows, else mma.sync"
+        return Route("genfast", where)
+    return chosen
 
 
 def _cuda_route(q: Tensor) -> Route:

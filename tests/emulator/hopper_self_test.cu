@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(256) gemm_gemm(const __grid_constant__ Maps ma
     wgmma_commit();
     if (bug == kReleasedEarly && thread % 32 == 0) mbarrier_arrive(empty + slot);
     if (bug != kSumsNotWaited) wgmma_wait<0>();
-    landed(sums);
-    landed(out);
+    pinned(sums);
+    pinned(out);
     if (bug != kReleasedEarly && thread % 32 == 0) mbarrier_arrive(empty + slot);
   }
   wgmma_wait<0>();

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from genfast import ops, reference
+from genfast import _library, ops, reference
 from genfast.ops import _attention_blocks
+from genfast.ops.attention import route
 from genfast.testing import SPECS
 from genfast.testing.oracle import assert_accurate, precision
 from genfast.testing.specs.attention import Attention
@@ -78,6 +80,16 @@ def test_explanations() -> None:
     assert "torch_cpu_flash (float64" in ops.explain_attention(q.double(), q.double(), q.double())
     assert "torch_cpu_flash (3 queries" in ops.explain_attention(q[:, :, :3], q, q)
     assert "Forward: blocks (there is nothing to compute)" in ops.explain_attention(q[:0], q[:0], q[:0])
+
+
+@pytest.mark.parametrize(("wish", "capability", "kernel"), [("1", (9, 0), "wgmma"), ("1", (8, 0), "mma.sync"), ("0", (9, 0), "mma.sync")])
+def test_explain_on_cuda(wish: str, capability: tuple[int, int], kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hopper's own kernel is named where it is asked for and there."""
+    monkeypatch.setenv("GENFAST_ATTENTION_HOPPER", wish)
+    monkeypatch.setattr(_library, "has_kernels", lambda device: device == "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    q: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"), shape=(1, 1, 64, 64), dtype=torch.bfloat16, numel=lambda: 1)
+    assert kernel in route(q, q, False).why.removesuffix("else mma.sync")
 
 
 # ---- a sweep -----------------------------------------------------------------------------------------------------------------

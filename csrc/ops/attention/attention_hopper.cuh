@@ -58,26 +58,36 @@ struct HopperMaps {
   TensorMap q, k, v, o;
 };
 
-// The order of work. A unit is one block of queries of one head. Units of `together` heads, whose keys and values fit in the second-level
-// cache, follow one another, the longest first; block c of G takes units c, 2 G - 1 - c, 2 G + c ...: a wave forwards, the next one
-// backwards.
+// The order of work: items, dealt to the blocks of the grid in turn. An item is one block of queries of one head; under causality two, the
+// k-th longest and the k-th shortest, so that all items take as long. Items of `together` heads, whose keys and values fit in the
+// second-level cache, follow one another.
 struct HopperOrder {
   int blocks, heads, together;
+  bool causal;
 
-  __host__ __device__ int units() const { return blocks * heads; }
-  // Which unit comes in this wave; units() or more: none.
-  __host__ __device__ int unit(int wave, int block, int grid) const { return wave * grid + (wave % 2 ? grid - 1 - block : block); }
-  __device__ QueryBlock at(const AttentionParams& p, int unit, int queries) const {
-    const int section = unit / (blocks * together), first = section * together, rest = unit - first * blocks;
-    const int size = heads - first < together ? heads - first : together;
-    const int head = first + rest % size, block = blocks - 1 - rest / size;
-    QueryBlock at;
-    at.head = head % static_cast<int>(p.heads);
-    at.batch = head / static_cast<int>(p.heads);
-    at.kv_head = at.head / static_cast<int>(p.heads / p.kv_heads);
-    at.first = static_cast<int64_t>(block) * queries;
-    at.rows = p.n - at.first < queries ? static_cast<int>(p.n - at.first) : queries;
-    return at;
+  __host__ __device__ int items_of_head() const { return causal ? (blocks + 1) / 2 : blocks; }
+  __host__ __device__ int items() const { return items_of_head() * heads; }
+
+  // run(block of queries) for all that this block of the grid is dealt.
+  template <class Run>
+  __device__ __forceinline__ void deal(const AttentionParams& p, int queries, const Run& run) const {
+    const int each = items_of_head(), parts = causal ? 2 : 1;
+#pragma unroll 1
+    for (int turn = 0;; ++turn) {  // one counter: registers are dear
+      const int item = static_cast<int>(blockIdx.x) + turn / parts * static_cast<int>(gridDim.x);
+      if (item >= items()) break;
+      const int first = item / (each * together) * together, rest = item - first * each;
+      const int size = heads - first < together ? heads - first : together, head = first + rest % size, rank = rest / size;
+      const bool second = turn % parts == 1;
+      if (second && rank == blocks - 1 - rank) continue;  // the one in the middle
+      QueryBlock at;
+      at.head = head % static_cast<int>(p.heads);
+      at.batch = head / static_cast<int>(p.heads);
+      at.kv_head = at.head / static_cast<int>(p.heads / p.kv_heads);
+      at.first = static_cast<int64_t>(second ? rank : blocks - 1 - rank) * queries;
+      at.rows = p.n - at.first < queries ? static_cast<int>(p.n - at.first) : queries;
+      run(at);
+    }
   }
 };
 
@@ -124,7 +134,6 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
     mbarrier_init_fence();
   }
   __syncthreads();
-  const int grid = static_cast<int>(gridDim.x), units = order.units();
   // One tile at least: of a block that sees no key all scores are -inf.
   const auto tiles_of = [&](const QueryBlock& at) {
     const int tiles = static_cast<int>((visible_keys(p, at) + kKeys - 1) / kKeys);
@@ -141,10 +150,7 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
     tensor_prefetch(maps.o);
     Place place;
     uint32_t parity = 0;  // of the queries' present turn
-    for (int wave = 0; wave * grid < units; ++wave) {
-      const int unit = order.unit(wave, static_cast<int>(blockIdx.x), grid);
-      if (unit >= units) break;
-      const QueryBlock at = order.at(p, unit, kQueries);
+    order.deal(p, kQueries, [&](const QueryBlock& at) {
       const int tiles = tiles_of(at);
       const auto load = [&](const TensorMap& map, int tile) {
         mbarrier_wait(empty + place.slot, place.parity ^ 1);
@@ -169,13 +175,13 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
         load(maps.v, tile + 1);
       }
       load(maps.v, 0);
-    }
+    });
   } else {
     // ---- a group that computes: rows [64 group, 64 group + 64) of the block ----
     registers_up_to<hopper_registers(kTile)>();
     const int group = role - 1, thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, t = lane % 4;
     const int row = 64 * group + thread / 32 * 16 + lane / 4;  // and row + 8
-    const float factor = p.scale * kLog2e;                     // scores in powers of two; positive: hopper_serves()
+    const float factor = p.scale * kLog2e;                     // scores in powers of two; positive: hopper_can()
     const float late = kTerms ? 1.0f : factor;                 // applied on the way into the exponential
     const uint64_t from_queries = matrix_descriptor<kRow>(shared_address(queries) + group * 64 * kRow, 8 * kRow, 0);
     const uint64_t from_keys = matrix_descriptor<kRow>(shared_address(ring), 8 * kRow, 0);
@@ -197,6 +203,8 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
       wgmma_commit();
     };
     const auto multiply_values = [&](int slot) {
+      pinned(out);
+      pinned(weight);
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < kKeys / 16; ++i) {
@@ -214,10 +222,7 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
     const auto pass_turn = [&] { named_barrier_arrive(kTurn + (group + 1) % kGroups, 256); };
     if (group == kGroups - 1) pass_turn();
 
-    for (int wave = 0; wave * grid < units; ++wave) {
-      const int unit = order.unit(wave, static_cast<int>(blockIdx.x), grid);
-      if (unit >= units) break;
-      const QueryBlock at = order.at(p, unit, kQueries);
+    order.deal(p, kQueries, [&](const QueryBlock& at) {
       const int tiles = tiles_of(at);
 
       // Scores of a tile to weights (still float32): shrink is what the sums before it are to be multiplied by.
@@ -281,7 +286,7 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
       mbarrier_wait(full + place.slot, place.parity);
       multiply_keys(place.slot);
       wgmma_wait<0>();
-      landed(score);
+      pinned(score);
       release(place.slot);
       place = place.next();
       soften(tiles - 1);
@@ -298,11 +303,12 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
         multiply_values(values.slot);
         pass_turn();
         wgmma_wait<1>();
-        landed(score);
+        pinned(score);
         release(keys.slot);
         soften(tile);
+        finished(sum[0] + sum[1], full);
         wgmma_wait<0>();
-        landed(out);
+        pinned(out);
         release(values.slot);
 #pragma unroll
         for (int i = 0; i < kWidth / 2; ++i) out[i] *= shrink[i / 2 % 2];
@@ -311,7 +317,7 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
       mbarrier_wait(full + place.slot, place.parity);
       multiply_values(place.slot);
       wgmma_wait<0>();
-      landed(out);
+      pinned(out);
       release(place.slot);
       place = place.next();
 
@@ -347,7 +353,7 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
         }
         mbarrier_arrive(queries_empty);
       }
-    }
+    });
   }
 }
 
@@ -372,8 +378,8 @@ void launch_hopper_as(const AttentionParams& p, void* stream) {
   check(blocks * heads < (int64_t{1} << 30), "q: got ", blocks * heads, " blocks of ", kTile.queries(),
         " queries, supported: fewer than 2^30");
   const int64_t kept = kCacheBytes / (4 * p.m * p.d) * shared, together = kept < shared ? shared : kept < heads ? kept : heads;
-  const HopperOrder order{static_cast<int>(blocks), static_cast<int>(heads), static_cast<int>(together)};
-  const int processors = gf_device::multiprocessors(), grid = order.units() < processors ? order.units() : processors;
+  const HopperOrder order{static_cast<int>(blocks), static_cast<int>(heads), static_cast<int>(together), p.causal};
+  const int processors = gf_device::multiprocessors(), grid = order.items() < processors ? order.items() : processors;
   GF_ALLOW_SHARED((hopper_kernel<S, kWidth, kTerms>), kBytes);
   GF_LAUNCH((hopper_kernel<S, kWidth, kTerms>), static_cast<unsigned>(grid), kTile.threads(), kBytes, stream, p, maps, order, access_of(p));
 }

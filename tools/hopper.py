@@ -1,0 +1,206 @@
+"""What the first minutes on a Hopper GPU are for: is its attention kernel right, how fast is it, what does compute-sanitizer say.
+
+    python -m tools.hopper OUT                       checks, times and sanitizes within 8 minutes; rows to OUT/attention-hopper-cuda.jsonl
+    python -m tools.hopper OUT --device cpu --tokens 64     a rehearsal of this script on a machine without a GPU
+
+Every head dimension runs in a process of its own that is ended after a while: a kernel that hangs costs its own rows. Verdicts are printed
+as they come. A head dimension that is wrong is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks import timing
+from genfast import ops, reference
+from genfast.testing.oracle import error, same_bits, tolerance
+
+HEAD_DIMS = [64, 80, 96, 128, 160, 192, 256]
+TOKENS = [1024, 4096, 16384]
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+SWITCH = "GENFAST_ATTENTION_HOPPER"
+
+
+def draw(shape: tuple[int, ...], seed: int, device: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype)
+
+
+def switch(wish: str | None) -> None:
+    os.environ.pop(SWITCH, None) if wish is None else os.environ.update({SWITCH: wish})
+
+
+def attend(arguments: dict[str, object], wish: str | None) -> tuple[Tensor, Tensor]:
+    switch(wish)
+    o, lse = ops.attention(**arguments, return_lse=True)  # type: ignore[arg-type]
+    return o, lse
+
+
+# ---- right? ----------------------------------------------------------------------------------------------------------------------
+
+
+def cases(d: int, device: str, small: bool) -> dict[str, dict[str, object]]:
+    """Arguments of `attention`: tails of queries, keys and columns, groups, causality, terms, layouts, many units a block."""
+
+    def inputs(batch: int, heads: int, kv_heads: int, n: int, m: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, object]:
+        kv = (batch, kv_heads, m, d)
+        return {
+            "q": draw((batch, heads, n, d), 1, device, dtype),
+            "k": draw(kv, 2, device, dtype),
+            "v": draw(kv, 3, device, dtype),
+        }
+
+    tiny = {"one tile": inputs(1, 1, 1, 64, 64), "tails": inputs(1, 2, 2, 260, 370), "causal": inputs(1, 2, 1, 260, 370) | {"causal": True}}
+    if small:
+        return tiny
+    packed = draw((2, 500, 12, d), 4, device)
+    return tiny | {
+        "float16": inputs(2, 2, 2, 300, 700, torch.float16),
+        "fewer keys than queries, causal": inputs(1, 2, 2, 700, 200) | {"causal": True},
+        "grouped heads, many units": inputs(8, 12, 3, 900, 1100),
+        "grouped heads, many units, causal": inputs(8, 12, 3, 900, 1100) | {"causal": True},
+        "(B, N, H, D) memory": dict(zip("qkv", (packed[:, :, i : i + 4].transpose(1, 2) for i in (0, 4, 8)), strict=True)),
+        "narrower head": {name: t[..., : d - 8] for name, t in inputs(1, 2, 2, 260, 370).items()},  # type: ignore[index]
+        "bias": inputs(2, 4, 4, 300, 500) | {"bias": draw((1, 4, 300, 500), 5, device, torch.float32)},
+        "bias and mask, causal": inputs(2, 4, 2, 300, 500)
+        | {"bias": draw((2, 1, 300, 500), 6, device), "mask": draw((2, 4, 300, 500), 7, device) > -1, "causal": True},
+        "long": inputs(1, 2, 2, 4096, 4096),
+        "long, causal": inputs(1, 2, 2, 4096, 4096) | {"causal": True},
+    }
+
+
+def check(d: int, device: str, small: bool) -> bool:
+    """Whether every case is as near to float64 as plain torch, gives the same bits thrice, and came from another kernel than mma.sync's."""
+    good = True
+    for name, arguments in cases(d, device, small).items():
+        o, lse = attend(arguments, "all")
+        wide = {key: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for key, t in arguments.items()}
+        working = reference.attention(**arguments, return_lse=True)  # type: ignore[arg-type]
+        exact = reference.attention(**wide, return_lse=True)  # type: ignore[arg-type]
+        faults = []
+        for what, got, plain, truth in zip(("o", "lse"), (o, lse), working, exact, strict=True):
+            rounding = 4 if device == "cuda" else 32  # AMX's exponential is shorter
+            eps = torch.finfo(o.dtype).eps if what == "o" else rounding * torch.finfo(torch.float32).eps
+            wrong, bound = error(got, truth), tolerance(plain, truth, eps)
+            if not wrong <= bound:
+                faults.append(f"{what}: error {wrong:.3g} exceeds {bound:.3g}")
+        for _ in range(2):
+            again = attend(arguments, "all")
+            if not (same_bits(o, again[0]) and same_bits(lse, again[1])):
+                faults.append("other bits on another run")
+        if device == "cuda" and name == "tails" and same_bits(o, attend(arguments, None)[0]):
+            faults.append("the bits of the mma.sync kernel, so Hopper's did not run")
+        good &= not faults
+        print(f"d {d}, {name}: {'; '.join(faults) or 'ok'}", flush=True)
+    return good
+
+
+# ---- fast? -----------------------------------------------------------------------------------------------------------------------
+
+
+def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def bench(d: int, device: str, out: Path, tokens: list[int]) -> None:
+    """Forward, bf16, 16k tokens in all, some 2048 columns in all heads; every backend in one process, interleaved."""
+    total = max(tokens)
+    for n in tokens:
+        for causal in (False, True):
+            heads = 2048 // d
+            q, k, v = (draw((total // n, heads, n, d), i, device) for i in range(3))
+            arguments: dict[str, object] = {"q": q, "k": k, "v": v, "causal": causal}
+            variants = {
+                "hopper": lambda a=arguments: attend(a, "all"),  # type: ignore[misc]
+                "mma.sync": lambda a=arguments: attend(a, None),  # type: ignore[misc]
+            }
+            for name, backend in BACKENDS.items():
+                call = lambda b=backend, t=(q, k, v), c=causal: sdpa(b, *t, c)  # noqa: E731
+                try:
+                    call()
+                except RuntimeError:
+                    continue
+                variants[f"sdpa {name}"] = call  # type: ignore[assignment]
+            times = timing.interleave(variants, device=device, rounds=11, round_seconds=0.01, quiet=device == "cuda")
+            work = 4.0 * q.numel() * n * (0.5 if causal else 1.0)
+            facts = timing.environment(device) | {
+                "command": "python -m tools.hopper",
+                "shape": list(q.shape),
+                "causal": causal,
+                "dtype": "bfloat16",
+            }
+            rows = [
+                {"case": f"attention d {d}, {n} tokens{', causal' * causal}", "variant": name, "median_us": round(t.median, 3)}
+                | {"iqr_us": round(t.iqr, 3), "rounds": t.rounds, "tflops": round(work / t.median * 1e-6, 1)}
+                | facts
+                for name, t in times.items()
+            ]
+            timing.append(out / f"attention-hopper-{device}.jsonl", rows)
+            print(f"{rows[0]['case']}: " + ", ".join(f"{row['variant']} {row['tflops']}" for row in rows) + " TFLOP/s", flush=True)
+
+
+# ---- one process a head dimension ---------------------------------------------------------------------------------------------------
+
+
+def worker(seconds: float, *arguments: str, before: tuple[str, ...] = ()) -> bool:
+    command = [*before, sys.executable, "-m", "tools.hopper", *arguments]
+    start = time.monotonic()
+    try:
+        ok = subprocess.run(command, timeout=seconds, check=False, cwd=Path(__file__).parents[1]).returncode == 0
+        verdict = "ok" if ok else "FAILED"
+    except subprocess.TimeoutExpired:
+        ok, verdict = False, "HANGS, ended"
+    print(
+        f"== {' '.join(arguments[1:])}{' under ' + ' '.join(before[:3]) if before else ''}: {verdict} in {time.monotonic() - start:.0f} s",
+        flush=True,
+    )
+    return ok
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.hopper", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--minutes", type=float, default=8.0, help="when to end, whatever is left")
+    parser.add_argument("--only", nargs=2, metavar=("WHAT", "D"), help="check, tiny or bench of one head dimension, in this process")
+    given = parser.parse_args()
+    if given.only:
+        what, d = given.only[0], int(given.only[1])
+        if given.device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+            raise SystemExit(f"device: got {torch.cuda.get_device_name()}, supported: sm_90")
+        if what == "bench":
+            bench(d, given.device, given.out, given.tokens)
+            return 0
+        return int(not check(d, given.device, small=what == "tiny" or given.device == "cpu"))
+
+    given.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * given.minutes
+    options = [str(given.out.resolve()), "--device", given.device, "--tokens", *map(str, given.tokens)]
+
+    def run(seconds: float, what: str, d: int, *before: str) -> bool:
+        left = min(seconds, end - time.monotonic())
+        return left > 1 and worker(left, *options, "--only", what, str(d), before=before)
+
+    right = [d for d in HEAD_DIMS if run(45, "check", d)]
+    timed = [d for d in sorted(right, key=lambda d: (d != 128, d != 64, d)) if run(45, "bench", d)]
+    clean = []
+    if given.device == "cuda":
+        for tool in ("memcheck", "synccheck", "racecheck"):
+            clean += [(tool, run(60, "tiny", d, "compute-sanitizer", "--tool", tool, "--error-exitcode", "9")) for d in (64, 128)]
+    print(f"right: {right}; timed: {timed}; compute-sanitizer: {clean}")
+    return int(right != HEAD_DIMS or timed != right or not all(ok for _, ok in clean))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
