@@ -1,6 +1,8 @@
 """The operators: checks, kernels, derivatives. Same names and signatures as `genfast.reference`, which specifies them."""
 
 from .attention import attention, attention_jvp, explain_attention
+from .attention_decode import attention_decode
+from .attention_varlen import attention_varlen
 from .bias_act import bias_act
 from .bn_act import bn_act
 from .conv2d_resample import conv2d_resample
@@ -15,7 +17,9 @@ from .upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample
 
 __all__ = [
     "attention",
+    "attention_decode",
     "attention_jvp",
+    "attention_varlen",
     "bias_act",
     "bn_act",
     "conv2d_resample",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "emulator"
-OPS = ["noise", "solver_step", "bias_act", "upfirdn2d", "bn_act", "attention"]
+OPS = ["noise", "solver_step", "bias_act", "upfirdn2d", "bn_act", "attention", "attention_decode"]
 # -ffp-contract=off: the bits are specified. -fno-strict-aliasing: kernels read arrays through vector types, as CUDA lets them.
 FLAGS = [
     *("-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing"),
