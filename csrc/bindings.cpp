@@ -63,7 +63,11 @@ const std::vector<Kernel>& catalogue() {
        "forward and backward; docs/attention.md"},
       {"attention_decode", "cpu", {"float32", "bfloat16", "float16"}, "any; faster with AVX2 and AVX-512", "1 to 16 queries, split keys"},
 #ifdef GENFAST_HAS_CUDA
-      {"attention", "cuda", {"float32", "bfloat16", "float16"}, "any; tensor cores from sm_80", "forward, backward; head dimensions up to 256"},
+      {"attention",
+       "cuda",
+       {"float32", "bfloat16", "float16"},
+       "any; tensor cores from sm_80",
+       "forward, backward; head dimensions up to 256"},
       {"attention_decode", "cuda", {"float32", "bfloat16", "float16"}, "any; tensor cores from sm_80", "1 to 16 queries, split keys"},
       {"noise", "cuda", {"float32", "float64", "bfloat16", "float16"}, "sm_75", "docs/noise.md, version 1"},
       {"solver_step",

@@ -2,6 +2,7 @@
 
 from .attention import attention, attention_jvp, explain_attention
 from .attention_decode import attention_decode
+from .attention_varlen import attention_varlen
 from .bias_act import bias_act
 from .bn_act import bn_act
 from .conv2d_resample import conv2d_resample
@@ -21,6 +22,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_jvp",
+    "attention_varlen",
     "bias_act",
     "bn_act",
     "conv2d_resample",

@@ -2,6 +2,7 @@
 
 from .attention import attention
 from .attention_decode import attention_decode
+from .attention_varlen import attention_varlen
 from .bias_act import bias_act
 from .bn_act import bn_act
 from .conv2d_resample import conv2d_resample
@@ -20,6 +21,7 @@ from .upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample
 __all__ = [
     "attention",
     "attention_decode",
+    "attention_varlen",
     "bias_act",
     "bn_act",
     "conv2d_resample",

@@ -3,6 +3,8 @@
 //                     Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, bool causal, float scale, Tensor o, Tensor lse) -> ()
 // attention_tangent_(Tensor(a!) to, Tensor(b!) tlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, bool causal, float scale,
 //                    Tensor tq, Tensor tk, Tensor tv, Tensor o, Tensor lse) -> ()                                      on CUDA alone
+// attention_varlen_(Tensor(a!) o, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q,
+//                   bool causal, float scale) -> ()
 // Everything of full shape, but for dbias: what is broadcast has stride 0. Not empty.
 #include "../../core/tensor.h"
 #include "params.h"
@@ -137,6 +139,62 @@ void attention_tangent_(const Tensor& to, const Tensor& tlse, const Tensor& q, c
 }
 #endif
 
+#if !defined(GENFAST_BACKEND_CPU)  // there the sequences run one by one
+AttentionRows packed_rows(const Tensor& t, const char* name, const Tensor& q, int64_t heads, int64_t rows) {
+  check(t.dim() == 3 && t.size(0) == rows && t.size(1) == heads && t.size(2) == q.size(2), name, ": got another shape, supported: (", rows,
+        ", ", heads, ", ", q.size(2), ")");
+  check(t.stride(2) == 1 || t.size(2) == 1, name, ": got a last stride of ", t.stride(2), ", supported: 1");
+  check(t.scalar_type() == q.scalar_type(), name, ": got another dtype than q's, supported: the same");
+  check_device(t, q);
+  return {0, t.stride(1), t.stride(0)};
+}
+
+void attention_varlen_(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                       const Tensor& cu_seqlens_k, int64_t max_seqlen_q, bool causal, double scale) {
+  check(q.dim() == 3 && k.dim() == 3 && cu_seqlens_q.dim() == 1, "q, k, cu_seqlens_q: got ", q.dim(), ", ", k.dim(), " and ",
+        cu_seqlens_q.dim(), " dimensions, supported: 3, 3 and 1");
+  AttentionParams p{};
+  p.batch = cu_seqlens_q.size(0) - 1;
+  p.heads = q.size(1);
+  p.kv_heads = k.size(1);
+  p.packed = q.size(0);
+  p.packed_keys = k.size(0);
+  p.n = max_seqlen_q;
+  p.m = p.packed_keys;
+  p.d = q.size(2);
+  check(
+      p.batch > 0 && p.n > 0 && p.packed > 0 && p.d > 0 && p.kv_heads > 0 && p.heads > 0 && p.heads % p.kv_heads == 0,
+      "q, k, cu_seqlens_q, max_seqlen_q: got an empty tensor or heads that do not divide, supported: (total_q, H, D), (total_k, H / g, D)");
+  p.dtype = dtype_of(q, "q");
+  check(p.dtype != DType::F64, "q: got float64, supported: float32, bfloat16, float16");
+  p.q_at = packed_rows(q, "q", q, p.heads, p.packed);
+  p.k_at = packed_rows(k, "k", q, p.kv_heads, p.packed_keys);
+  p.v_at = packed_rows(v, "v", q, p.kv_heads, p.packed_keys);
+  p.o_at = packed_rows(o, "o", q, p.heads, p.packed);
+  p.q = q.data_ptr();
+  p.k = k.data_ptr();
+  p.v = v.data_ptr();
+  p.o = o.data_ptr();
+  check(lse.scalar_type() == ScalarType::Float && lse.is_contiguous() && lse.numel() == p.heads * p.packed,
+        "lse: supported: a contiguous float32 tensor of shape (H, total_q)");
+  check_device(lse, q);
+  p.lse = static_cast<float*>(lse.data_ptr());
+  for (const auto* t : {&cu_seqlens_q, &cu_seqlens_k}) {
+    check((t->scalar_type() == ScalarType::Long || t->scalar_type() == ScalarType::Int) && t->is_contiguous() &&
+              t->numel() == p.batch + 1 && t->scalar_type() == cu_seqlens_q.scalar_type(),
+          "cu_seqlens_q, cu_seqlens_k: supported: contiguous int32 or int64 tensors of shape (B + 1,), both alike");
+    check_device(*t, q);
+  }
+  p.wide_starts = cu_seqlens_q.scalar_type() == ScalarType::Long;
+  p.q_starts = cu_seqlens_q.data_ptr();
+  p.k_starts = cu_seqlens_k.data_ptr();
+  p.causal = causal;
+  p.scale = static_cast<float>(scale);
+  const DeviceGuard guard(q);
+  GENFAST_LAUNCH(attention, p, q);
+}
+#endif
+
 }  // namespace
 }  // namespace genfast
 
@@ -145,5 +203,6 @@ GENFAST_LIBRARY_IMPL(m) {
   m.impl("attention_backward_", TORCH_BOX(&genfast::attention_backward_));
 #if !defined(GENFAST_BACKEND_CPU)
   m.impl("attention_tangent_", TORCH_BOX(&genfast::attention_tangent_));
+  m.impl("attention_varlen_", TORCH_BOX(&genfast::attention_varlen_));
 #endif
 }

@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(kThreads) forward_fma_kernel(const __grid_cons
   float* const block = queries + kRows * pitch;  // keys, then values
   float* const weights = block + kKeys * pitch;
   const int row = static_cast<int>(threadIdx.x) / kLanes, lane = static_cast<int>(threadIdx.x) % kLanes;
-  const QueryBlock at = query_block(p, kRows);
+  const QueryBlock at = p.q_starts ? query_block<true>(p, kRows) : query_block(p, kRows);
+  if (at.rows <= 0) return;
   const int64_t end = visible_keys(p, at);
   const float factor = p.scale * kLog2e;
 
@@ -41,13 +42,13 @@ __global__ void __launch_bounds__(kThreads) forward_fma_kernel(const __grid_cons
       }
     });
   };
-  load(queries, p.q, p.q_at, at.head, at.first, at.rows);
+  load(queries, p.q, p.q_at, at.head, at.before_q + at.first, at.rows);
 
   float out[kWidth / kLanes] = {}, most = kMinusInfinity, sum = 0.0f;
 #pragma unroll 1
   for (int64_t key = 0; key < end; key += kKeys) {
     __syncthreads();  // the last tile's values are used
-    load(block, p.k, p.k_at, at.kv_head, key, p.m - key);
+    load(block, p.k, p.k_at, at.kv_head, at.before_k + key, at.m - key);
     __syncthreads();
     float score[kKeys / kLanes] = {};
 #pragma unroll 4
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) forward_fma_kernel(const __grid_cons
       weights[row * kWeightPitch + j * kLanes + lane] = weight;
     }
     __syncthreads();  // the keys are used; the weights are there
-    load(block, p.v, p.v_at, at.kv_head, key, p.m - key);
+    load(block, p.v, p.v_at, at.kv_head, at.before_k + key, at.m - key);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kWidth / kLanes; ++i) out[i] *= shrink;
@@ -102,10 +103,10 @@ __global__ void __launch_bounds__(kThreads) forward_fma_kernel(const __grid_cons
   for (int bits = 1; bits < kLanes; bits *= 2) sum += __shfl_xor_sync(~0u, sum, bits);
   if (row >= at.rows) return;
   const int64_t n = at.first + row;
-  if (lane == 0) p.lse[(at.batch * p.heads + at.head) * p.n + n] = sum == 0.0f ? kMinusInfinity : fmaf(most, kLn2, logf(sum));
+  if (lane == 0) p.lse[p.q_starts ? lse_at<true>(p, at, n) : lse_at(p, at, n)] = sum == 0.0f ? kMinusInfinity : fmaf(most, kLn2, logf(sum));
   const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
   visit_dtype(p.dtype, [&]<class S>(S) {
-    S* o = row_at(static_cast<S*>(p.o), p.o_at, at.batch, at.head, n);
+    S* o = row_at(static_cast<S*>(p.o), p.o_at, at.batch, at.head, at.before_q + n);
 #pragma unroll
     for (int i = 0; i < kWidth / kLanes; ++i) {
       const float value[2] = {out[i] * inverse, 0.0f};

@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(backward_tile(kPass, kWidth, kFew).threads(), 
     } else {
       const bool finish = f.bias || f.mask || row + kTile.walked > f.m || (f.causal && row + kTile.walked > at.first + f.m - f.n + 1);
       const float late = finish ? 1.0f : factor;
-      const QueryBlock queries{at.batch, at.head, at.walked_head, at.rows, at.first};
+      const QueryBlock queries{at.batch, at.head, at.walked_head, at.rows, at.first, f.n, f.m, 0, 0};
 #pragma unroll
       for (int r = 0; r < 2 * kRowTiles; ++r) {
         const QueryNumbers query = mine[r / 2][r % 2];

@@ -157,7 +157,9 @@ struct BiasStep {
   int64_t key;
 };
 __device__ __forceinline__ BiasStep bias_step(const AttentionParams& p, const BiasBlock& block, int step, int queries, int keys) {
-  BiasStep tile;
+  BiasStep tile{};
+  tile.at.n = p.n;
+  tile.at.m = p.m;
   tile.key = static_cast<int64_t>(block.first.key + step % block.count.key) * keys;
   step /= block.count.key;
   tile.at.first = static_cast<int64_t>(block.first.query + step % block.count.query) * queries;

@@ -13,7 +13,7 @@ struct ForwardTile {
   constexpr int threads() const { return warps * 32; }
 };
 
-enum class ForwardKind { kLong, kShortKeys, kFewQueries };
+enum class ForwardKind { kLong, kShortKeys, kFewQueries, kPacked };
 
 // The tile table. Keys: K and V of one tile and Q fit in 99 KiB, what sm_86 gives a block. Rows: the outputs of a warp (row_tiles x width /
 // 2 registers a thread) leave room for its scores (row_tiles x keys / 2).
@@ -23,6 +23,7 @@ constexpr ForwardTile forward_tile(ForwardKind kind, int width) {
     case ForwardKind::kShortKeys:  // 77 keys in one tile, 154 in two
       return {4, 1, 80, width > 80 ? 2 : 3};
     case ForwardKind::kFewQueries:  // more blocks
+    case ForwardKind::kPacked:      // few queries in any sequence
       return {4, 1, 64, width > 80 ? 2 : 3};
     default:
       return width > 128 ? ForwardTile{8, 1, 64, 1} : ForwardTile{4, 2, width > 80 ? 48 : 64, 2};  // with 64 keys width 128 spills
@@ -53,17 +54,19 @@ __global__ void __launch_bounds__(forward_tile(kKind, kWidth).threads(), forward
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int d = static_cast<int>(p.d);
 
-  const QueryBlock at = query_block(p, kQueries);
+  constexpr bool kPacked = kKind == ForwardKind::kPacked;
+  const QueryBlock at = query_block<kPacked>(p, kQueries);
+  if (kPacked && at.rows <= 0) return;
   const int64_t end = visible_keys(p, at);
   const int tiles = static_cast<int>((end + kKeys - 1) / kKeys);
-  const S* k = row_at(static_cast<const S*>(p.k), p.k_at, at.batch, at.kv_head, 0);
-  const S* v = row_at(static_cast<const S*>(p.v), p.v_at, at.batch, at.kv_head, 0);
+  const S* k = row_at(static_cast<const S*>(p.k), p.k_at, at.batch, at.kv_head, at.before_k);
+  const S* v = row_at(static_cast<const S*>(p.v), p.v_at, at.batch, at.kv_head, at.before_k);
   const auto load_tile = [&](S* tile, const S* from, int64_t stride, int number) {
     const int64_t key = static_cast<int64_t>(number) * kKeys;
-    load_rows<S, kKeys, kWidth, kPitch, kThreads>(tile, from + key * stride, stride, p.m - key, d, wide.rows);
+    load_rows<S, kKeys, kWidth, kPitch, kThreads>(tile, from + key * stride, stride, at.m - key, d, wide.rows);
   };
   if (tiles > 0) {
-    const S* q = row_at(static_cast<const S*>(p.q), p.q_at, at.batch, at.head, at.first);
+    const S* q = row_at(static_cast<const S*>(p.q), p.q_at, at.batch, at.head, at.before_q + at.first);
     load_rows<S, kQueries, kWidth, kPitch, kThreads>(queries, q, p.q_at.row, at.rows, d, wide.rows);
     load_tile(keys, k, p.k_at.row, 0);
   }
@@ -101,7 +104,7 @@ __global__ void __launch_bounds__(forward_tile(kKind, kWidth).threads(), forward
     if (tile + 1 < tiles) load_tile(keys, k, p.k_at.row, tile + 1);
 
     // Scores that need nothing but a positive factor get it on their way into the exponential.
-    const bool edge = key + kKeys > p.m || (p.causal && key + kKeys > at.first + p.m - p.n + 1);
+    const bool edge = key + kKeys > at.m || (p.causal && key + kKeys > at.first + at.m - at.n + 1);
     const bool finish = p.bias || p.mask || edge || !(factor > 0.0f);
     const float late = finish ? 1.0f : factor;
 #pragma unroll
@@ -156,7 +159,7 @@ __global__ void __launch_bounds__(forward_tile(kKind, kWidth).threads(), forward
       const float inverse = all == 0.0f ? 0.0f : 1.0f / all;
       const int row = my_row() + 16 * r + 8 * half;
       if (lane % 4 == 0 && row < at.rows) {
-        p.lse[(at.batch * p.heads + at.head) * p.n + at.first + row] = all == 0.0f ? kMinusInfinity : fmaf(most[r][half], kLn2, logf(all));
+        p.lse[lse_at<kPacked>(p, at, at.first + row)] = all == 0.0f ? kMinusInfinity : fmaf(most[r][half], kLn2, logf(all));
       }
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j) {
@@ -166,7 +169,7 @@ __global__ void __launch_bounds__(forward_tile(kKind, kWidth).threads(), forward
     }
   }
   const int before = warp * kRowTiles * 16;
-  S* o = row_at(static_cast<S*>(p.o), p.o_at, at.batch, at.head, at.first + before);
+  S* o = row_at(static_cast<S*>(p.o), p.o_at, at.batch, at.head, at.before_q + at.first + before);
   store_rows<S, kWidth>(out, my_queries, o, p.o_at.row, at.rows - before, d, wide.rows);
 #endif
 }
@@ -185,6 +188,7 @@ void launch_forward(const AttentionParams& p, void* stream) {
   if constexpr (kIndex + 1 < sizeof kHeadWidths / sizeof kHeadWidths[0]) {
     if (p.d > kWidth) return launch_forward<S, kIndex + 1>(p, stream);
   }
+  if (p.q_starts) return launch_forward_as<S, kWidth, ForwardKind::kPacked>(p, stream);
   if constexpr (kWidth > 160) {
     launch_forward_as<S, kWidth, ForwardKind::kFewQueries>(p, stream);  // one tile serves all
   } else {

@@ -74,14 +74,11 @@ __global__ void __launch_bounds__(kTangentThreads, 2)
   const S* const from_values = values + lane % 16 * kPitch + lane / 16 * 8;
   const int row = warp * 16 + g;  // and row + 8
   const float factor = p.scale * kLog2e;
-  const auto lse_at = [&](int half) {
-    const int mine = row + 8 * half < at.rows ? row + 8 * half : at.rows - 1;
-    return (at.batch * p.heads + at.head) * p.n + at.first + mine;
-  };
   float shift[2];  // a row that sees nothing has the log-sum-exp -inf, and only scores of -inf
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float lse = p.lse[lse_at(half)];
+    const int mine = row + 8 * half < at.rows ? row + 8 * half : at.rows - 1;
+    const float lse = p.lse[lse_at(p, at, at.first + mine)];
     shift[half] = lse == kMinusInfinity ? 0.0f : lse * kLog2e;
   }
 
@@ -166,7 +163,7 @@ __global__ void __launch_bounds__(kTangentThreads, 2)
     mu += __shfl_xor_sync(~0u, mu, 2);
     if (row + 8 * half >= at.rows) continue;
     const int64_t query = at.first + row + 8 * half;
-    if (t == 0) all.tlse[lse_at(half)] = mu;
+    if (t == 0) all.tlse[lse_at(p, at, query)] = mu;
     const S* o = row_at(static_cast<const S*>(p.o), p.o_at, at.batch, at.head, query);
     S* to = row_at(static_cast<S*>(all.to), all.to_at, at.batch, at.head, query);
 #pragma unroll

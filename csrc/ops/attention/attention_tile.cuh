@@ -31,13 +31,22 @@ inline AttentionAccess access_of(const AttentionParams& p) {
           aligned(p.bias, 2 * size_of(p.bias_dtype)) && multiples_of(p.bias_at, 2), aligned(p.mask, 2) && multiples_of(p.mask_at, 2)};
 }
 
-// What a block works on: one head's queries [first, first + rows).
+// What a block works on: one head's queries [first, first + rows) of n, which see some of m keys. They lie before_q and before_k rows into
+// what the head's pointers say: 0 but for packed sequences.
 struct QueryBlock {
   int batch, head, kv_head, rows;
-  int64_t first;
+  int64_t first, n, m, before_q, before_k;
 };
 
+// Row `i` of a tensor's `rows` where a sequence begins, whatever the offsets say.
+__device__ __forceinline__ int64_t start_at(const AttentionParams& p, const void* starts, int i, int64_t rows) {
+  const int64_t row = p.wide_starts ? static_cast<const int64_t*>(starts)[i] : static_cast<const int32_t*>(starts)[i];
+  return row < 0 ? 0 : row < rows ? row : rows;
+}
+
 // Blocks of queries innermost, so that neighbours share keys and values in the second-level cache; under causality the longest first.
+// kPacked: sequences of different lengths; rows is not positive where this one has fewer queries.
+template <bool kPacked = false>
 __device__ __forceinline__ QueryBlock query_block(const AttentionParams& p, int queries) {
   const int blocks = static_cast<int>((p.n + queries - 1) / queries), unit = static_cast<int>(blockIdx.x);  // below 2^31: query_grid
   const int heads = static_cast<int>(p.heads), block = unit % blocks;
@@ -46,8 +55,22 @@ __device__ __forceinline__ QueryBlock query_block(const AttentionParams& p, int 
   at.batch = unit / blocks / heads;
   at.kv_head = at.head / (heads / static_cast<int>(p.kv_heads));
   at.first = static_cast<int64_t>(p.causal ? blocks - 1 - block : block) * queries;
-  at.rows = p.n - at.first < queries ? static_cast<int>(p.n - at.first) : queries;
+  at.n = p.n;
+  at.m = p.m;
+  at.before_q = at.before_k = 0;
+  if constexpr (kPacked) {
+    at.before_q = start_at(p, p.q_starts, at.batch, p.packed);
+    at.before_k = start_at(p, p.k_starts, at.batch, p.packed_keys);
+    at.n = start_at(p, p.q_starts, at.batch + 1, p.packed) - at.before_q;
+    at.m = start_at(p, p.k_starts, at.batch + 1, p.packed_keys) - at.before_k;
+  }
+  at.rows = at.n - at.first < queries ? static_cast<int>(at.n - at.first) : queries;
   return at;
+}
+// Where the log-sum-exp of query `query` of the block's sequence lies.
+template <bool kPacked = false>
+__device__ __forceinline__ int64_t lse_at(const AttentionParams& p, const QueryBlock& at, int64_t query) {
+  return kPacked ? at.head * p.packed + at.before_q + query : (at.batch * p.heads + at.head) * p.n + query;
 }
 inline unsigned query_grid(const AttentionParams& p, int queries) {
   const int64_t blocks = (p.n + queries - 1) / queries * p.heads * p.batch;
@@ -57,9 +80,9 @@ inline unsigned query_grid(const AttentionParams& p, int queries) {
 
 // Keys that some query of the block sees, from the first.
 __device__ __forceinline__ int64_t visible_keys(const AttentionParams& p, const QueryBlock& at) {
-  if (!p.causal) return p.m;
-  const int64_t end = at.first + at.rows + p.m - p.n;
-  return end < 0 ? 0 : end < p.m ? end : p.m;
+  if (!p.causal) return at.m;
+  const int64_t end = at.first + at.rows + at.m - at.n;
+  return end < 0 ? 0 : end < at.m ? end : at.m;
 }
 
 template <class T>
@@ -123,7 +146,7 @@ struct RowTerms {
 
 __device__ __forceinline__ RowTerms row_terms(const AttentionParams& p, const QueryBlock& at, int row, int64_t first_key) {
   const int64_t query = at.first + (row < at.rows ? row : at.rows - 1);
-  const int64_t last = p.causal && query + p.m - p.n + 1 < p.m ? query + p.m - p.n + 1 : p.m, visible = last - first_key;
+  const int64_t last = p.causal && query + at.m - at.n + 1 < at.m ? query + at.m - at.n + 1 : at.m, visible = last - first_key;
   RowTerms terms{nullptr, nullptr, static_cast<int>(visible < 0 ? 0 : visible < INT32_MAX ? visible : INT32_MAX)};
   if (p.bias) {
     const int64_t element = at.batch * p.bias_at.batch + at.head * p.bias_at.head + query * p.bias_at.row + first_key;

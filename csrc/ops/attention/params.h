@@ -25,6 +25,11 @@ struct AttentionParams {
   bool causal;  // query i sees keys 0 ... i + m - n
   DType dtype;  // of q, k, v, o: F32, BF16 or F16
   DType bias_dtype;
+  // Sequences of different lengths, one after another (attention_varlen_): (batch + 1) int64 or int32, the rows of q and of k where each
+  // begins; else nullptr. Then q_at, ..., o_at have no batch, n and m are the largest lengths, and lse is (heads, packed).
+  const void *q_starts, *k_starts;
+  int64_t packed, packed_keys;  // rows of q and of k
+  bool wide_starts;
 };
 
 struct AttentionBackwardParams {
