@@ -213,7 +213,7 @@ def test_address_sanitizer_sees_a_kernel_read_out_of_bounds() -> None:
             *("ops/solver_step/solver_step.cu", "+ j * kFoldLanes + threadIdx.x", "+ threadIdx.x * (kChunk / kFoldLanes) + j"),
             "test_solver_step and rescale",
         ),
-        ("ops/attention/attention_forward.cuh", "key + kKeys > p.m || ", "", "test_every_head"),
+        ("ops/attention/attention_forward.cuh", "key + kKeys > at.m || ", "", "test_every_head"),
         ("ops/attention/attention_forward.cuh", "    __syncthreads();  // the keys are there", "    //", "test_every_head"),
         (
             *("ops/attention/attention_backward.cuh", "cp_async_wait_all();\n    __syncthreads();  // walked1", "__syncthreads();  //"),
