@@ -21,7 +21,7 @@ Call = Callable[..., Tensor]
 class GanCase:
     """``call(namespace, x, *parameters)`` on x of ``shape``, with parameters of the given shapes.
 
-    ``composites``: the same by torch's own operators, or another way of genfast's. ``beside``: what else is timed of the reference.
+    ``composites``: the same by torch's own fast operators ("torch"), or in another way. ``beside``: what else is timed of the reference.
     """
 
     name: str
@@ -154,37 +154,33 @@ def gan_cases(scale: int = 1) -> list[GanCase]:
         channels //= scale
         x = shape(8, channels, side)
         parameters = [(channels, channels, 3, 3), (8, channels), (8, 1, up * x[2], up * x[3]), (channels,)]
-        composites = {"torch, grouped": _modulated_composite(True, up), "torch, dense": _modulated_composite(False, up)}
+        composites = {"torch, grouped": _modulated_composite(True, up), "torch": _modulated_composite(False, up)}
         grouped = _modulated(up, fused_modconv=True)
         composites["genfast, grouped"] = lambda *t: grouped(ops, *t)
         return GanCase(f"modulated_conv2d, {name}", x, _modulated(up), parameters, composites, layout, beside)
 
-    norm, transposed = {"batch_norm, relu": _batch_norm}, {"conv_transpose2d": _transposed}
-    side = 64 // scale
+    norm, transposed = {"torch": _batch_norm}, {"torch": _transposed}
+    around = [(128,), (8, 128), (8, 1, 64 // scale, 64 // scale)]
     return [
         GanCase("bias_act, lrelu, clamp 256", shape(8, 64, 128), _bias_act("lrelu", 256.0), [(64,)], {}),
         GanCase("bias_act, lrelu", shape(8, 64, 128), _bias_act("lrelu", None), [(64,)], {}),
         GanCase("bias_act, lrelu, channels last", shape(8, 64, 128), _bias_act("lrelu", None), [(64,)], {}, last, alone),
         GanCase("bias_act, swish", shape(8, 64, 128), _bias_act("swish", None), [(64,)], {}, beside=alone),
-        GanCase("modulate_bias_act, lrelu, clamp 256", shape(8, 128, 64), _modulate, [(128,), (8, 128), (8, 1, side, side)], {}),
-        GanCase(
-            *("modulate_bias_act, lrelu, clamp 256, channels last", shape(8, 128, 64), _modulate),
-            *([(128,), (8, 128), (8, 1, side, side)], {}, last, alone),
-        ),
+        GanCase("modulate_bias_act, lrelu, clamp 256", shape(8, 128, 64), _modulate, around, {}),
+        GanCase("modulate_bias_act, lrelu, clamp 256, channels last", shape(8, 128, 64), _modulate, around, {}, last, alone),
         layer("3x3, channels last", 512, 16, 1, last, ("reference", "compiled")),
         layer("3x3", 256, 64, 1, torch.contiguous_format),
         layer("3x3, channels last", 256, 64, 1, last),
         layer("3x3, up 2, channels last", 128, 64, 2, last),
         GanCase("upfirdn2d, 4x4, up 2", shape(8, 64, 128), _up2, [], transposed),
         GanCase("upfirdn2d, 4x4, up 2, channels last", shape(8, 64, 128), _up2, [], transposed, last, ()),
-        GanCase("upfirdn2d, 4x4, down 2", shape(8, 64, 256), _down2, [], {"conv2d": _strided}, beside=()),
-        GanCase("upfirdn2d, 4x4, down 2, channels last", shape(8, 64, 256), _down2, [], {"conv2d": _strided}, last, ()),
-        GanCase("filtered_lrelu, 12 taps, up 2, down 2", shape(4, 64, 64), _filtered, [(64,)], {"separable conv2d": _filtered_composite}),
+        GanCase("upfirdn2d, 4x4, down 2", shape(8, 64, 256), _down2, [], {"torch": _strided}, beside=()),
+        GanCase("upfirdn2d, 4x4, down 2, channels last", shape(8, 64, 256), _down2, [], {"torch": _strided}, last, ()),
+        GanCase("filtered_lrelu, 12 taps, up 2, down 2", shape(4, 64, 64), _filtered, [(64,)], {"torch": _filtered_composite}),
         GanCase("bn_act, relu", shape(32, 64, 64), _bn, [(64,)] * 2, norm),
         GanCase("bn_act, relu, channels last", shape(32, 64, 64), _bn, [(64,)] * 2, norm, last, ()),
         GanCase(
-            *("group_norm_silu, channels last", shape(16, 128, 32), _group_norm, [(128,)] * 2),
-            *({"group_norm, silu": _group_norm_composite}, last, ()),
+            "group_norm_silu, channels last", shape(16, 128, 32), _group_norm, [(128,)] * 2, {"torch": _group_norm_composite}, last, ()
         ),
     ]
 
@@ -227,7 +223,7 @@ def time_case(case: GanCase, backward: bool, device: str, threads: int, command:
         device=device,
         rounds=3 if quick else 9,
         round_seconds=0.005 if quick else 0.05,
-        slow_seconds=4.0,
+        slow_seconds=2.5,
         quiet=not quick,
     )
     facts = timing.environment(device) | {"command": command}
