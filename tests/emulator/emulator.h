@@ -472,3 +472,5 @@ T atomicMin(T* address, std::type_identity_t<T> value) {
 inline float rsqrtf(float a) {
   return 1.0f / std::sqrt(a);
 }
+
+#include "emulator_hopper.h"
