@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ["README.md", "docs/performance.md", "docs/diffusers.md", "docs/gan-ops.md", "docs/attention.md"]
+PAGES = ["README.md", "docs/performance.md", "docs/diffusers.md", "docs/gan-ops.md", "docs/gan-training.md", "docs/attention.md"]
 BLOCK = re.compile(r"(<!-- benchmark:(\S+) -->\n)(.*?)(<!-- /benchmark -->)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -96,6 +96,14 @@ def operators_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def training_table(rows: list[Row]) -> str:
+    """`operators_table` with genfast's share of the measured peak of matrix products and, for whole steps, seconds per 1000 images."""
+    ours = {row["case"]: row for row in rows if row["variant"] == "genfast"}
+    columns = [" share of matrix peak | s/kimg |", "---|---|"]
+    columns += [f" {row['share_of_matrix_peak']:.0%} | {row.get('s_per_kimg', '-')} |" for row in ours.values()]
+    return "\n".join(line + more for line, more in zip(operators_table(rows).splitlines(), columns, strict=True))
+
+
 def source_line(rows: list[Row]) -> str:
     def all_of(key: str) -> str:
         return ", ".join(dict.fromkeys(str(row[key]) for row in rows))
@@ -110,7 +118,8 @@ def block(name: str) -> str:
     """The text of one block; NAME is file[:threads]."""
     file, _, threads = name.partition(":")
     rows = [r for r in read_rows(file) if not threads or str(r.get("threads")) == threads]
-    table = {"schedulers": schedulers_table, "gan": operators_table, "attention": operators_table}.get(file.split("-")[0], steps_table)
+    tables = {"schedulers": schedulers_table, "gan": operators_table, "attention": operators_table, "gan_training": training_table}
+    table = tables.get(file.split("-")[0], steps_table)
     return f"{table(rows)}\n\n{source_line(rows)}\n" if rows else "No rows yet.\n"
 
 

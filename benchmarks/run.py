@@ -13,11 +13,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import attention, gan, sampling, schedulers, steps, timing
+from benchmarks import attention, gan, gan_training, qknorm, sampling, schedulers, steps, timing
 from benchmarks.timing import Options, Row
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITES = {"steps": steps.run, "sampling": sampling.run, "schedulers": schedulers.run, "gan": gan.run, "attention": attention.run}
+SUITES = {
+    "steps": steps.run,
+    "sampling": sampling.run,
+    "schedulers": schedulers.run,
+    "gan": gan.run,
+    "gan_training": gan_training.run,
+    "attention": attention.run,
+    "qknorm": qknorm.run,
+}
 
 
 def show(rows: list[Row], label: str) -> None:

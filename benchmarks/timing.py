@@ -21,7 +21,7 @@ from genfast.info import cpu_isa
 # A parallel region that does next to nothing takes some 10 us on a quiet machine. Above this, a core was taken
 # away (the runtime then waits a scheduler tick), and the round says nothing about the code.
 NOISY_US = 100.0
-SLOW_SECONDS = 10.0  # a variant that takes longer in all gets fewer rounds, at least five
+SLOW_SECONDS = 10.0  # a variant that takes longer in all gets fewer rounds, at least three
 
 
 Row = dict[str, Any]
@@ -89,6 +89,7 @@ def interleave(
     device: str = "cpu",
     rounds: int = 21,
     round_seconds: float = 0.02,
+    slow_seconds: float = SLOW_SECONDS,
     calls_per_run: int = 1,
     quiet: bool = True,
     counts_itself: bool = False,
@@ -102,10 +103,11 @@ def interleave(
     repeats, rounds_of = {}, {}
     for name, call in variants.items():
         call()  # warm up: compilation, allocation, page faults
-        call()
         seconds = max(clock.measure(call, 1), 1e-7)
+        if seconds < 1:
+            call()
         repeats[name] = max(1, int(round_seconds / seconds))
-        rounds_of[name] = max(min(5, rounds), min(rounds, int(SLOW_SECONDS / seconds)))
+        rounds_of[name] = max(min(3, rounds), min(rounds, int(slow_seconds / seconds)))
     times: dict[str, list[float]] = {name: [] for name in variants}
     discarded = dict.fromkeys(variants, 0)
     for turn in range(rounds):

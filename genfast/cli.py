@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,30 +63,54 @@ def _train_gan(arguments: argparse.Namespace) -> None:
     import torch
 
     from genfast import data
-    from genfast.models import DCGANConfig, Discriminator, Generator
+    from genfast.models import generators
     from genfast.train import Objective, train_gan
 
-    data.fetch(arguments.data)
-    images, _ = data.load(arguments.data)
-    if arguments.size is not None:
-        images = _padded(images, arguments.size)
+    given = argparse.Namespace(**{**_GAN_DEFAULTS[arguments.model], **vars(arguments)})
+    if len(given.lr) > 2:
+        raise ValueError(f"--lr: got {len(given.lr)} numbers, supported: one for both networks, or the generator's and the discriminator's")
+    data.fetch(given.data)
+    images, _ = data.load(given.data)
+    if given.size is not None:
+        images = _padded(images, given.size)
     objective = Objective(
-        arguments.loss, r1=arguments.r1, r2=arguments.r2, gradient_penalty=arguments.gradient_penalty, center=arguments.center,
-        path_length=arguments.path_length, d_every=arguments.d_every, g_every=arguments.g_every,
+        given.loss, r1=given.r1, r2=given.r2, gradient_penalty=given.gradient_penalty, center=given.center,
+        path_length=given.path_length, path_shrink=given.path_shrink, d_every=given.d_every, g_every=given.g_every,
     )  # fmt: skip
-    torch.manual_seed(arguments.seed)  # of the initial weights; the training draws are counter-based
-    config = DCGANConfig(
-        size=images.shape[-1], image_channels=1 if images.ndim == 3 else images.shape[1], latent=arguments.latent,
-        channels=arguments.channels, discriminator_norm=not objective.penalises,
-    )  # fmt: skip
-    device = _device(arguments)
+    size = images.shape[-1]
+    shape: dict[str, Any] = {"size": size, "image_channels": 1 if images.ndim == 3 else images.shape[1], "latent": given.latent}
+    shape["body"] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[given.precision]
+    if given.model == "dcgan":
+        shape |= {"channels": given.channels, "discriminator_norm": not objective.penalises}
+    else:
+        shape["channel_base"] = given.channels * size
+    family = generators.FAMILIES[given.model]
+    config, device = family.config(**shape), _device(given)
+    torch.manual_seed(given.seed)  # of the initial weights; the training draws are counter-based
     last = train_gan(
-        Generator(config).to(device), Discriminator(config).to(device), images, about={"data": arguments.data}, objective=objective,
-        out=arguments.out, steps=arguments.steps, batch=arguments.batch, seed=arguments.seed, critic_steps=arguments.critic_steps,
-        lr=arguments.lr, betas=tuple(arguments.betas), ema=arguments.ema, capture=arguments.capture, impl=arguments.impl,
-        checkpoint_every=arguments.checkpoint_every, sample_every=arguments.sample_every,
+        family.generator(config, given.impl).to(device), family.discriminator(config, given.impl).to(device), images,
+        about={"data": given.data}, objective=objective, out=given.out, steps=given.steps, batch=given.batch, seed=given.seed,
+        critic_steps=given.critic_steps, lr=given.lr[0] if len(given.lr) == 1 else tuple(given.lr), betas=tuple(given.betas),
+        ema=given.ema, capture=given.capture, impl=given.impl, checkpoint_every=given.checkpoint_every, sample_every=given.sample_every,
     )  # fmt: skip
     print(json.dumps(last))
+
+
+# What `train gan` takes where an option is not given, by model.
+_GAN_DEFAULTS: dict[str, dict[str, Any]] = {
+    "dcgan": {
+        "latent": 100, "channels": 32, "loss": "logistic", "r1": 0.0, "r2": 0.0, "path_length": 0.0, "path_shrink": 1,
+        "d_every": 1, "g_every": 1, "lr": [2e-4], "betas": [0.5, 0.999],
+    },
+    "stylegan2": {
+        "latent": 512, "channels": 32, "loss": "logistic", "r1": 1.0, "r2": 0.0, "path_length": 2.0, "path_shrink": 2,
+        "d_every": 16, "g_every": 4, "lr": [2e-3], "betas": [0.0, 0.99],
+    },
+    "r3gan": {
+        "latent": 64, "channels": 32, "loss": "relativistic", "r1": 1.0, "r2": 1.0, "path_length": 0.0, "path_shrink": 1,
+        "d_every": 1, "g_every": 1, "lr": [2e-4], "betas": [0.0, 0.99],
+    },
+}  # fmt: skip
 
 
 def _padded(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -192,30 +216,34 @@ def _parser() -> argparse.ArgumentParser:
     add("--sample-every", type=int, default=0, help="steps between sample grids; 0: none")
     diffusion.set_defaults(run=_train_diffusion)
 
-    gan = train.add_parser("gan", help="a DCGAN", formatter_class=formatter)
+    gan = train.add_parser("gan", help="a generator against a discriminator", formatter_class=formatter)
     add = gan.add_argument
+    own: dict[str, Any] = {"default": argparse.SUPPRESS}  # the model's own default
+    add("--model", choices=[*_GAN_DEFAULTS], default="dcgan", help="options without a default below have the model's own")
+    add("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the networks' bodies; parameters and Adam are fp32")
     add("--data", default="fashion", help="name of a data set")
     add("--out", required=True, help="directory of everything written; an interrupted run there is continued")
     add("--steps", type=int, default=3000, help="steps of the generator")
     add("--batch", type=int, default=64, help="images a step")
     add("--seed", type=int, default=0, help="of the initial weights and of every draw")
     add("--size", type=int, help="side of the images after a border of zeros, such as 32; that of the data when not given")
-    add("--latent", type=int, default=100, help="length of the generator's input")
-    add("--channels", type=int, default=32, help="of both networks at half the resolution")
-    add("--loss", choices=["logistic", "hinge", "wgan", "lsgan", "relativistic"], default="logistic")
-    add("--r1", type=float, default=0.0, help="gamma of R1, the penalty at real images")
-    add("--r2", type=float, default=0.0, help="gamma of R2, the penalty at generated images")
+    add("--latent", type=int, **own, help="length of the generator's input")
+    add("--channels", type=int, **own, help="of both networks at the full resolution (dcgan: half of it); they double as it halves")
+    add("--loss", choices=["logistic", "hinge", "wgan", "lsgan", "relativistic"], **own)
+    add("--r1", type=float, **own, help="gamma of R1, the penalty at real images")
+    add("--r2", type=float, **own, help="gamma of R2, the penalty at generated images")
     add("--gradient-penalty", type=float, default=0.0, help="lambda of the penalty between the two (10 is usual with wgan)")
     add("--center", type=float, default=1.0, help="norm the gradient is pulled to between the two: 1 or 0")
-    add("--path-length", type=float, default=0.0, help="weight of path length regularisation (2 is usual)")
-    add("--d-every", type=int, default=1, help="steps between penalties (16 is usual)")
-    add("--g-every", type=int, default=1, help="steps between path lengths (4 is usual)")
+    add("--path-length", type=float, **own, help="weight of path length regularisation (2 is usual)")
+    add("--path-shrink", type=int, **own, help="path lengths of one in so many images of a step (2 is usual)")
+    add("--d-every", type=int, **own, help="steps between penalties (16 is usual)")
+    add("--g-every", type=int, **own, help="steps between path lengths (4 is usual)")
     add("--critic-steps", type=int, default=1, help="steps of the discriminator for one of the generator (5 is usual with wgan)")
-    add("--lr", type=float, default=2e-4, help="learning rate of Adam")
-    add("--betas", type=float, nargs=2, default=[0.5, 0.999], help="of Adam")
+    add("--lr", type=float, nargs="+", **own, help="learning rate of Adam, or the generator's and the discriminator's")
+    add("--betas", type=float, nargs=2, **own, help="of Adam")
     add("--ema", type=float, default=0.05, help="relative width of the average of the weights")
     add("--capture", action="store_true", help="one CUDA graph a phase")
-    add("--impl", choices=["fused", "reference"], default="fused", help="of the noise; the bits are the same")
+    add("--impl", choices=["fused", "reference"], default="fused", help="of the networks' operators and of the noise")
     add("--device", help="where to run; cuda if torch sees one, else cpu, when not given")
     add("--checkpoint-every", type=int, default=500, help="steps")
     add("--sample-every", type=int, default=0, help="steps between sample grids; 0: none")

@@ -81,12 +81,38 @@ def test_the_tables_are_what_the_rows_say() -> None:
     assert run.returncode == 0, run.stdout
 
 
+def test_quick_gan_training_writes_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks, a penalised block and whole steps; every variant computes the same, or the suite stops."""
+    command = [sys.executable, "-m", "benchmarks.run", "--quick", "--device", "cpu", "--out", str(tmp_path), "--suite", "gan_training"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    rows = [json.loads(line) for line in (tmp_path / "gan_training-cpu.jsonl").read_text().splitlines()]
+    assert {row["variant"] for row in rows} == {"genfast", "reference", "grouped"} and len({row["case"] for row in rows}) == 7
+    assert all(row["median_us"] > 0 and row["gflop"] > 0 for row in rows)
+    assert all(row["s_per_kimg"] == pytest.approx(row["median_us"] / 4e3, abs=1e-3) for row in rows if "step" in row["case"])
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    lines = report.block("gan_training-cpu").splitlines()
+    assert lines[0] == "| case | genfast | reference | grouped | share of matrix peak | s/kimg |" and len(lines) == 2 + 7 + 2
+
+
 def test_quick_gan_writes_rows(tmp_path: Path) -> None:
     """Every variant computes the same, or the suite stops."""
-    command = [sys.executable, "-m", "benchmarks.run", "--quick", "--device", "cpu", "--out", str(tmp_path), "--suite", "gan"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.run",
+        "--quick",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+        "--suite",
+        "gan",
+        "--threads",
+        "1",
+    ]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     rows = [json.loads(line) for line in (tmp_path / "gan-cpu.jsonl").read_text().splitlines()]
-    assert {row["variant"] for row in rows} == {"genfast", "reference", "conv_transpose2d", "conv2d"}
+    assert {row["variant"] for row in rows} == {"genfast", "genfast, grouped", "reference", "torch", "torch, grouped"}
     assert all(row["median_us"] > 0 for row in rows)
 
 
@@ -97,3 +123,12 @@ def test_quick_attention_writes_rows(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "attention-cpu.jsonl").read_text().splitlines()]
     assert {row["variant"] for row in rows} == {"genfast", "sdpa", "reference"}
     assert all(row["median_us"] > 0 and row["tflops"] > 0 for row in rows)
+
+
+def test_quick_qknorm_writes_rows(tmp_path: Path) -> None:
+    """Every variant computes the same, or the suite stops."""
+    command = [sys.executable, "-m", "benchmarks.run", "--quick", "--device", "cpu", "--out", str(tmp_path), "--suite", "qknorm"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    rows = [json.loads(line) for line in (tmp_path / "qknorm-cpu.jsonl").read_text().splitlines()]
+    assert {row["variant"] for row in rows} == {"genfast", "eager", "reference", "copy"}
+    assert all(row["median_us"] > 0 for row in rows)

@@ -45,6 +45,8 @@ __device__ __forceinline__ void cp_async16(void* shared, const void* global, boo
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(global),
                "r"(valid ? 16 : 0)
                : "memory");
+#elif defined(GF_EMULATE)
+  gf_emulator::copy_async(shared, valid ? *static_cast<const uint4*>(global) : uint4{});
 #else
   *static_cast<uint4*>(shared) = valid ? *static_cast<const uint4*>(global) : uint4{};
 #endif
@@ -53,6 +55,8 @@ __device__ __forceinline__ void cp_async16(void* shared, const void* global, boo
 __device__ __forceinline__ void cp_async_wait_all() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_all;" ::: "memory");
+#elif defined(GF_EMULATE)
+  gf_emulator::wait_for_copies();
 #endif
 }
 

@@ -101,6 +101,17 @@ __device__ __forceinline__ Span<N, kVector> span_of(int64_t group, int64_t per_s
   return span;
 }
 
+// Elements begin ... of a dense row that ends before `end`.
+template <int N, bool kVector>
+__device__ __forceinline__ Span<N, kVector> span_at(int64_t begin, int64_t end) {
+  Span<N, kVector> span;
+  span.element = begin;
+  span.count = end - begin < N ? static_cast<int>(end - begin) : N;
+#pragma unroll
+  for (int i = 0; i < (kVector ? 1 : N); ++i) span.at[i] = begin + i;
+  return span;
+}
+
 template <class S, int N, bool kVector>
 __device__ __forceinline__ Vec<S, N> load(const S* sample, const Span<N, kVector>& span) {
   if constexpr (kVector) {

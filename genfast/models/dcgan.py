@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genfast.models import store
+from genfast.models.pyramid import DTYPES
+from genfast.nn.conv import ConvBlock
+from genfast.nn.impl import check_impl
 
 
 @dataclass(frozen=True)
@@ -21,10 +24,13 @@ class DCGANConfig:
     latent: int = 100
     channels: int = 64  # at half the resolution; every halving doubles them
     discriminator_norm: bool = True  # batch normalisation in the discriminator; penalties of each sample's gradient need it off
+    body: str = "float32"  # dtype of convolutions and feature maps; "float32" stands for the parameters' own
 
     def __post_init__(self) -> None:
         if self.size < 8 or self.base not in (4, 5, 6, 7):
             raise ValueError(f"size: got {self.size}, supported: 4, 5, 6 or 7 times a power of 2, at least 8")
+        if self.body not in DTYPES:
+            raise ValueError(f"body: got {self.body!r}, supported: {', '.join(map(repr, DTYPES))}")
 
     @property
     def base(self) -> int:
@@ -44,56 +50,88 @@ class DCGANConfig:
 class Generator(nn.Module):
     """Latents (B, latent) -> images (B, image_channels, size, size) in [-1, 1]."""
 
-    def __init__(self, config: DCGANConfig = DCGANConfig()) -> None:
+    def __init__(self, config: DCGANConfig = DCGANConfig(), impl: str = "fused") -> None:
         super().__init__()
         self.config = config
+        block = _block(impl)
         c = config.widths
-        layers: list[nn.Module] = [nn.Unflatten(1, (config.latent, 1, 1)), nn.ConvTranspose2d(config.latent, c[0], config.base, bias=False)]
-        for width, following in pairwise(c):
-            layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.ConvTranspose2d(width, following, 4, 2, 1, bias=False)]
-        layers += [nn.BatchNorm2d(c[-1]), nn.ReLU(), nn.ConvTranspose2d(c[-1], config.image_channels, 4, 2, 1)]
-        self.layers = nn.Sequential(*layers, nn.Tanh())
+        layers = [block(config.latent, c[0], config.base, padding=0, transposed=True)]
+        layers += [block(width, following, 4, 2, transposed=True) for width, following in pairwise(c)]
+        self.layers = nn.Sequential(*layers, block(c[-1], config.image_channels, 4, 2, transposed=True, norm=None, act="tanh"))
         self.apply(_initialise)
 
     def forward(self, z: Tensor) -> Tensor:
         if z.ndim != 2 or z.shape[1] != self.config.latent:
             raise ValueError(f"z: got shape {tuple(z.shape)}, supported: (B, {self.config.latent})")
-        images: Tensor = self.layers(z)
-        return images
+        images: Tensor = self.layers(z[:, :, None, None].to(DTYPES[self.config.body] or z.dtype))
+        return images.to(z.dtype)
 
 
 class Discriminator(nn.Module):
     """Images (B, image_channels, size, size) -> logits (B,)."""
 
-    def __init__(self, config: DCGANConfig = DCGANConfig()) -> None:
+    def __init__(self, config: DCGANConfig = DCGANConfig(), impl: str = "fused") -> None:
         super().__init__()
         self.config = config
+        block = _block(impl)
         c = config.widths[::-1]
-        layers: list[nn.Module] = [nn.Conv2d(config.image_channels, c[0], 4, 2, 1), nn.LeakyReLU(0.2)]
-        for width, following in pairwise(c):
-            norm = config.discriminator_norm
-            layers += [
-                nn.Conv2d(width, following, 4, 2, 1, bias=not norm),
-                *([nn.BatchNorm2d(following)] if norm else []),
-                nn.LeakyReLU(0.2),
-            ]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(c[-1], 1, config.base), nn.Flatten(0))
+        leaky: dict[str, Any] = {"act": "lrelu", "alpha": 0.2}
+        layers: list[nn.Module] = [block(config.image_channels, c[0], 4, 2, norm=None, **leaky)]
+        norm = "batch" if config.discriminator_norm else None
+        layers += [block(width, following, 4, 2, norm=norm, **leaky) for width, following in pairwise(c)]
+        self.layers = nn.Sequential(*layers, block(c[-1], 1, config.base, padding=0, norm=None, act="linear"), nn.Flatten(0))
         self.apply(_initialise if config.discriminator_norm else _initialise_alone)
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (self.config.image_channels, self.config.size, self.config.size)
         if x.ndim != 4 or x.shape[1:] != shape:
             raise ValueError(f"x: got shape {tuple(x.shape)}, supported: (B, {', '.join(map(str, shape))})")
-        logits: Tensor = self.layers(x)
-        return logits
+        logits: Tensor = self.layers(x.to(DTYPES[self.config.body] or x.dtype))
+        return logits.to(x.dtype)
+
+
+class TorchBlock(nn.Module):
+    """`genfast.nn.ConvBlock` by torch's own modules, with the same parameters."""
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        kernel: int,
+        stride: int = 1,
+        *,
+        padding: int = 1,
+        transposed: bool = False,
+        norm: str | None = "batch",
+        act: str = "relu",
+        alpha: float = 0.2,
+    ) -> None:
+        super().__init__()
+        self.conv = (nn.ConvTranspose2d if transposed else nn.Conv2d)(channels, out_channels, kernel, stride, padding, bias=False)
+        self.norm = nn.BatchNorm2d(out_channels) if norm else None
+        self.bias = None if norm else nn.Parameter(torch.zeros(out_channels))
+        self.act = {"relu": nn.ReLU(), "lrelu": nn.LeakyReLU(alpha), "tanh": nn.Tanh(), "linear": nn.Identity()}[act]
+        self.transposed, self.stride, self.padding = transposed, stride, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolve = F.conv_transpose2d if self.transposed else F.conv2d
+        y = convolve(x, self.conv.weight.to(x.dtype), None, self.stride, self.padding)
+        if self.norm is not None:
+            y = self.norm(y)
+        elif self.bias is not None:
+            y = y + self.bias.to(y.dtype)[:, None, None]
+        activated: Tensor = self.act(y)
+        return activated
+
+
+def _block(impl: str) -> Any:
+    return ConvBlock if check_impl(impl) == "fused" else TorchBlock
 
 
 def _initialise(module: nn.Module) -> None:
     """Radford et al. 2016, section 4: weights of standard deviation 0.02; norms around 1 as in their code."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
 
@@ -102,17 +140,3 @@ def _initialise_alone(module: nn.Module) -> None:
     """Without a norm behind it a convolution must keep the variance itself (He et al. 2015, section 2.2)."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, 0.2)
-        nn.init.zeros_(module.bias)  # type: ignore[arg-type]
-
-
-def save(generator: Generator, path: str | Path, state: dict[str, Tensor] | None = None, **about: Any) -> None:
-    """Write a generator's weights and configuration as `genfast.models.save` does a U-Net's."""
-    store.write(path, state or generator.state_dict(), "dcgan", asdict(generator.config), about)
-
-
-def load(path: str | Path) -> tuple[Generator, dict[str, Any]]:
-    """Rebuild a generator that `save` wrote, on the CPU in eval mode: (generator, about). Raises as `genfast.models.load` does."""
-    tensors, config, about = store.read(path, "dcgan", "a DCGAN generator")
-    generator = Generator(DCGANConfig(**config))
-    generator.load_state_dict(tensors)
-    return generator.eval(), about

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], family: str, config: 
     temporary.replace(path)
 
 
-def read(path: str | Path, family: str, what: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """What `write` wrote: (tensors on the CPU, config with its lists as tuples, about).
+def read(path: str | Path, families: Collection[str], what: str) -> tuple[str, dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """What `write` wrote: (family, tensors on the CPU, config with its lists as tuples, about).
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is not one of ``family``, called ``what``.
+    Raises FileNotFoundError if there is no such file, ValueError if it is not one of ``families``, called ``what``.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -32,7 +32,7 @@ def read(path: str | Path, family: str, what: str) -> tuple[dict[str, Tensor], d
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"path: got {path}, which is not a safetensors file ({error})") from None
-    if words.get("family") != family:
+    if words.get("family") not in families:
         raise ValueError(f"path: got {path}, which is not {what} saved by genfast")
     config = {key: tuple(value) if isinstance(value, list) else value for key, value in words["config"].items()}
-    return tensors, config, words["about"]
+    return words["family"], tensors, config, words["about"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from genfast.models import store
-from genfast.nn import Attention, Downsample, ResBlock, TimeEmbedding, Upsample
+from genfast.nn import AttentionBlock, Downsample, ResBlock, TimeEmbedding, Upsample
 from genfast.nn.layers import group_norm, zero_
 
 
@@ -69,7 +69,7 @@ class UNet(nn.Module):
     def _block(self, channels: int, out_channels: int, level: int) -> nn.ModuleList:
         layers: list[nn.Module] = [ResBlock(channels, out_channels, 4 * self.config.channels[0])]
         if self.config.attention[level]:
-            layers.append(Attention(out_channels, self.config.head_dim))
+            layers.append(AttentionBlock(out_channels, self.config.head_dim))
         return nn.ModuleList(layers)
 
     @property
@@ -124,7 +124,7 @@ def load(path: str | Path) -> tuple[UNet, dict[str, Any]]:
 
     Raises FileNotFoundError if there is no such file, ValueError if it is not one of ours.
     """
-    tensors, config, about = store.read(path, "unet", "a U-Net")
+    _, tensors, config, about = store.read(path, ["unet"], "a U-Net")
     net = UNet(UNetConfig(**config))
     net.load_state_dict(tensors)
     return net.eval(), about

@@ -1,6 +1,7 @@
 """Layers that the networks in `genfast.models` are made of."""
 
+from genfast.nn.attention import Attention
 from genfast.nn.conv import ConvBlock
-from genfast.nn.layers import Attention, Downsample, ResBlock, TimeEmbedding, Upsample
+from genfast.nn.layers import AttentionBlock, Downsample, ResBlock, TimeEmbedding, Upsample
 
-__all__ = ["Attention", "ConvBlock", "Downsample", "ResBlock", "TimeEmbedding", "Upsample"]
+__all__ = ["Attention", "AttentionBlock", "ConvBlock", "Downsample", "ResBlock", "TimeEmbedding", "Upsample"]

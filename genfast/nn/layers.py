@@ -68,7 +68,7 @@ class ResBlock(nn.Module):
         return out
 
 
-class Attention(nn.Module):
+class AttentionBlock(nn.Module):
     """Self-attention over the pixels with a skip: (B, channels, H, W) -> same (Ho et al. 2020, appendix B)."""
 
     def __init__(self, channels: int, head_dim: int = 64) -> None:

@@ -121,29 +121,24 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     return torch.cat(outputs, 2).to(x.q.dtype), torch.cat(sums, 2)
 
 
-def backward(
-    x: Inputs, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, bias_grad: bool, only_bias: bool = False
-) -> tuple[Tensor, ...]:
-    """dq, dk, dv and, with ``bias_grad``, dbias; with ``only_bias`` dbias alone."""
+def backward(x: Inputs, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, bias_grad: bool) -> tuple[Tensor, ...]:
+    """dq, dk, dv and, with ``bias_grad``, dbias."""
     w, heads = x.widened(), x.k.shape[1]
     do = do.to(w.q.dtype)
     delta = (do * o).sum(-1)
     if dlse is not None:
         delta = delta - dlse
     dk, dv = torch.zeros_like(w.k), torch.zeros_like(w.v)
-    rows = _Sums(None if only_bias else w.q, w.bias if bias_grad else None)
+    rows = _Sums(w.q, w.bias if bias_grad else None)
     for at in x.blocks():
         p, do_at = _weights(w.scores(at), lse[:, :, at]), do[:, :, at]
         ds = p * (_each(do_at, w.v.mT) - delta[:, :, at, None])
-        if only_bias:
-            rows.add(None, ds)
-            continue
         rows.add(x.scale * _each(ds, w.k), ds if bias_grad else None)
         dk = dk + x.scale * _sum(ds, w.q[:, :, at], heads)
         dv = dv + _sum(p, do_at, heads)
     bias_dtype = x.q.dtype if x.bias is None else x.bias.dtype
     joined = rows.joined((x.q.dtype, bias_dtype))
-    return tuple(joined) if only_bias else (joined[0], dk.to(x.k.dtype), dv.to(x.v.dtype), *joined[1:])
+    return joined[0], dk.to(x.k.dtype), dv.to(x.v.dtype), *joined[1:]
 
 
 def tangent(x: Inputs, t: Inputs, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,11 @@ from ._checks import check_dtype, check_tensor, readable, refusal
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, bool causal, float scale"
 _library.define("attention_", f"(Tensor(a!) o, Tensor(b!) lse, {_INPUTS}) -> ()")
+_library.define(
+    "attention_backward_",
+    "(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!) delta, "
+    f"Tensor grad_o, Tensor? grad_lse, {_INPUTS}, Tensor o, Tensor lse) -> ()",
+)
 _library.define("attention", f"({_INPUTS}) -> (Tensor, Tensor)")
 _library.define(
     "attention_backward",
@@ -140,11 +145,8 @@ def explain_attention(
     """Which forward pass and which backward pass `attention` runs for these arguments, and why: two sentences."""
     _check(q, k, v, bias, mask, scale)
     chosen = route(q, k, bias is not None or mask is not None or causal)
-    if q.device.type == "cpu" and chosen.why != _NOTHING:
-        backward = "torch's CPU kernel; the gradients of a bias or of the log-sum-exp in plain torch over blocks of query rows"
-    else:
-        backward = "plain torch over blocks of query rows"
-    return f"Forward: {chosen.kernel} ({chosen.why}). Backward: {backward}."
+    backward = route_backward(q, k, bias is not None)
+    return f"Forward: {chosen.kernel} ({chosen.why}). Backward: {backward.kernel} ({backward.why})."
 
 
 # ---- which kernel runs -----------------------------------------------------------------------------------------------------------
@@ -176,21 +178,40 @@ def route(q: Tensor, k: Tensor, terms: bool) -> Route:
         return Route("torch_cpu_flash", f"bfloat16 of head dimension {d} with nothing to add: torch's CPU kernel, measured faster above 96")
     if device == "cpu":
         return Route("genfast", "tiles of queries and keys, softmax online")
+    chosen = _cuda_route(q)
+    hopper = device == "cuda" and torch.cuda.get_device_capability(q.device) == (9, 0) and q.dtype in (torch.bfloat16, torch.float16)
+    if chosen.kernel == "genfast" and hopper and os.environ.get("GENFAST_ATTENTION_HOPPER") in ("1", "all"):
+        where = "as GENFAST_ATTENTION_HOPPER asks, wgmma tiles fed by TMA where docs/attention-hopper.md allows, else mma.sync"
+        return Route("genfast", where)
+    return chosen
+
+
+def _cuda_route(q: Tensor) -> Route:
+    """What runs on CUDA, in both directions."""
+    device, d = q.device.type, q.shape[3]
     if q.dtype == torch.float64 or d > 256:
         return Route(
             "blocks", f"the {device} kernels take 16- and 32-bit dtypes and head dimensions up to 256, not {q.dtype} of {d}: plain torch"
         )
     if q.dtype == torch.float32 or (device == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0)):
-        return Route("genfast", "fused multiply-adds in float32, softmax online")
-    if (
-        device == "cuda"
-        and os.environ.get("GENFAST_ATTENTION_HOPPER") in ("1", "all")
-        and torch.cuda.get_device_capability(q.device) == (9, 0)
-    ):
-        return Route(
-            "genfast", "as GENFAST_ATTENTION_HOPPER asks, wgmma tiles fed by TMA where docs/attention-hopper.md allows, else mma.sync"
-        )
-    return Route("genfast", "mma.sync tiles of queries and keys fed by cp.async, softmax online")
+        return Route("genfast", "fused multiply-adds in float32, tiles of queries and keys")
+    return Route("genfast", "mma.sync tiles of queries and keys fed by cp.async")
+
+
+def route_backward(q: Tensor, k: Tensor, sums: bool) -> Route:
+    """Which backward pass runs; ``sums``: there is a bias or a gradient of the log-sum-exp."""
+    device = q.device.type
+    if q.numel() == 0 or k.numel() == 0:
+        return Route("blocks", _NOTHING)
+    if not _library.has_kernels(device):
+        return Route("blocks", f"no kernels for {device} are loaded: plain torch over blocks of query rows")
+    if device != "cpu":
+        return _cuda_route(q)
+    if q.dtype != torch.float64:
+        return Route("genfast", "tiles of queries and keys")
+    if sums:
+        return Route("blocks", "float64 with a bias or a gradient of the log-sum-exp: plain torch over blocks of query rows")
+    return Route("torch_cpu_flash", "float64: torch's tiled CPU kernel")
 
 
 def _heads_last(like: Tensor) -> Tensor:
@@ -234,10 +255,17 @@ def _backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = Inputs(q, k, v, bias, mask, causal, scale)
-    if q.device.type == "cpu" and q.numel() and k.numel() and grad_lse is None:
+    kernel = route_backward(q, k, bias is not None or grad_lse is not None).kernel
+    if kernel == "genfast":
+        dq, dk, dv = (_heads_last(t) for t in (q, k, v))
+        dbias = torch.empty(bias.shape, dtype=torch.float32, device=q.device) if bias_grad and bias is not None else None
+        rows, mask = (None if t is None else _rows(t, q, k) for t in (bias, mask))
+        delta, dlse = torch.empty_like(lse), None if grad_lse is None else grad_lse.contiguous()
+        read = (_unit(grad_o), dlse, _unit(q), _unit(k), _unit(v), rows, mask, causal, scale, _unit(o), lse.contiguous())
+        _backend.namespace.attention_backward_(dq, dk, dv, dbias, delta, *read)
+        return dq, dk, dv, q.new_empty(0) if dbias is None or bias is None else dbias.to(bias.dtype)
+    if kernel == "torch_cpu_flash":
         grads = _torch_cpu_flash_backward(x, o, lse, grad_o)
-        if bias_grad:
-            grads += blocks.backward(x, o, lse, grad_o, None, bias_grad=True, only_bias=True)
     else:
         grads = blocks.backward(x, o, lse, grad_o, grad_lse, bias_grad)
     dq, dk, dv = (_laid_out(g) for g in grads[:3])

@@ -108,11 +108,13 @@ def _derivative(factor: Tensor | None, x: Tensor, b: Tensor | None, curve: _Curv
     if not wanted((factor, x, b)):
         return tuple(_kernel(factor, x, b, curve, order, sums))
     out = bias_act_derivative(factor, x, b, *curve, order)
-    return (out, out.sum(_others(out, curve.dim))) if sums else (out,)
+    return (out, _summed(out, curve.dim)) if sums else (out,)
 
 
-def _others(x: Tensor, dim: int) -> list[int]:
-    return [i for i in range(x.ndim) if i != dim]
+def _summed(x: Tensor, dim: int, first: int = 0) -> Tensor:
+    """Over the dimensions from ``first`` on but ``dim``."""
+    dims = [i for i in range(first, x.ndim) if i != dim]
+    return x.sum(dims) if dims else x  # no dimensions would mean all of them to torch
 
 
 def _along(b: Tensor, ndim: int, dim: int) -> Tensor:
@@ -168,7 +170,7 @@ class _BiasAct(torch.autograd.Function):
             inner = wide.expand_as(x) if inner is None else inner + wide
         if inner is not None and not (curve.straight and order >= 1):
             tangent = tangent + _derivative(inner if factor is None else factor * inner, x, b, curve, order + 1, False)[0]
-        return (tangent, tangent.sum(_others(x, curve.dim))) if ctx.sums else (tangent,)
+        return (tangent, _summed(tangent, curve.dim)) if ctx.sums else (tangent,)
 
     @staticmethod
     def vmap(
@@ -183,7 +185,7 @@ class _BiasAct(torch.autograd.Function):
             x = x + b.movedim(dims[2], 0).reshape([s if i in (0, curve.dim) else 1 for i, s in enumerate(x.shape)])
             b = None
         (out,) = _derivative(None if factor is None else front(factor, dims[0]), x, b, curve, order, False)
-        results = (out, out.sum(_others(out, curve.dim)[1:])) if sums else (out,)
+        results = (out, _summed(out, curve.dim, 1)) if sums else (out,)
         return results, (0,) * len(results)
 
 

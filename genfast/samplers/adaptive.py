@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,32 +19,36 @@ _START, _SLOPE, _LOW, _DENOISED, _SLOTS = 1, 2, 3, 4, 5
 _FIRST_LEVEL = 999.0  # sigma / alpha where a run starts whose process begins at alpha = 0; t = 0.999 of a flow
 
 
-@dataclass
-class PIDController:
-    """The size h of the next step from the errors of the last ones (Hairer and Wanner 1996, section IV.2, as in k-diffusion).
+class PIDStepSizeController:
+    """The size ``h`` of the next step from the errors of the last ones (Hairer and Wanner 1996, section IV.2); k-diffusion's, name and all.
 
-    ``order`` is the error's; an error of 1 is what is allowed.
+    ``order`` is the error's. ``errs``: the inverse errors of this step and of the last two accepted ones.
     """
 
-    h: float
-    pcoeff: float
-    icoeff: float
-    dcoeff: float
-    order: float
-    accept_safety: float
-    inverse_errors: list[float] = field(default_factory=list)  # of this step and the last two accepted ones
+    def __init__(
+        self, h: float, pcoeff: float, icoeff: float, dcoeff: float, order: float = 1, accept_safety: float = 0.81, eps: float = 1e-8
+    ) -> None:
+        self.h = h
+        self.b1 = (pcoeff + icoeff + dcoeff) / order
+        self.b2 = -(pcoeff + 2 * dcoeff) / order
+        self.b3 = dcoeff / order
+        self.accept_safety = accept_safety
+        self.eps = eps
+        self.errs: list[float] = []
 
-    def accepts(self, error: float) -> bool:
-        """Whether the step is accepted; ``h`` becomes the size to try next."""
-        inverse = 1 / (error + 1e-8)
-        last = self.inverse_errors = [inverse, *self.inverse_errors[1:]] if self.inverse_errors else [inverse] * 3
-        powers = self.pcoeff + self.icoeff + self.dcoeff, -(self.pcoeff + 2 * self.dcoeff), self.dcoeff
-        factor = 1 + math.atan(math.prod(e ** (p / self.order) for e, p in zip(last, powers, strict=True)) - 1)
-        accepted = factor >= self.accept_safety
-        if accepted:
-            self.inverse_errors = [last[0], last[0], last[1]]
+    def limiter(self, x: float) -> float:
+        return 1 + math.atan(x - 1)
+
+    def propose_step(self, error: Tensor | float) -> bool:
+        """Whether a step with this ``error``, 1 the allowed one, is accepted; ``h`` becomes the next one to try."""
+        inverse = 1 / (float(error) + self.eps)
+        self.errs = [inverse, *self.errs[1:]] if self.errs else [inverse] * 3
+        factor = self.limiter(self.errs[0] ** self.b1 * self.errs[1] ** self.b2 * self.errs[2] ** self.b3)
+        accept = factor >= self.accept_safety
+        if accept:
+            self.errs[1:] = self.errs[:2]
         self.h *= factor
-        return accepted
+        return accept
 
 
 def dpm_solver_step(g: Grid, p: Point, down: float, q: Point, order: int) -> list[Row]:
@@ -162,7 +165,7 @@ class _AdaptiveRun(Run):
         sampler, sigma_of = self.sampler, self.den.noise.sigma_of
         points = sampler._grid(self.den.noise)
         end = float(points.ratio[points.ratio > 0][-1])
-        pid = PIDController(*sampler.controller)
+        pid = PIDStepSizeController(*sampler.controller)
         info = {"evaluations": 0, "accepted": 0, "rejected": 0}
         p, before = points.point(0), self._over_alpha(0, points.point(0))
         while math.log(p.sigma / p.alpha / end) > 1e-5:
@@ -178,7 +181,7 @@ class _AdaptiveRun(Run):
             if not math.isfinite(error):
                 self._check_finite()
                 raise FloatingPointError(f"error: got {error} for the step from sigma {sigma_of(p):g}, supported: a finite one")
-            if not pid.accepts(error):
+            if not pid.propose_step(error):
                 info["rejected"] += 1
                 self.ring[0].copy_(self.ring[_START])
                 continue

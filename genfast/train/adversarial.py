@@ -29,6 +29,8 @@ LOSSES: dict[str, tuple[Logits, Logits]] = {
 _PAIRED = ("relativistic",)  # the generator's loss reads the real samples too
 
 DISCRIMINATOR, PENALTY, GENERATOR, PATH, AVERAGE = "discriminator", "penalty", "generator", "path_length", "average"
+# Number of the draw, in the discriminator's phase, the generator's and for the path length, of whatever one seed is drawn from.
+D_DRAW, G_DRAW, PATH_DRAW = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Objective:
     ``gradient_penalty``: lambda of lambda E (|grad_x D(x)| - center)^2 at points between real and fake samples: ``center`` 1 is
     WGAN-GP (Gulrajani et al. 2017, equation 3), 0 the zero-centred form (Thanh-Tung et al. 2019).
     ``path_length``: weight of E (|J_w^T y| - a)^2 (Karras et al. 2020, equation 4), a the running mean of the lengths, folded
-    in by ``path_decay``. w is what the generator's ``mapping`` returns where it has one, else the latents.
+    in by ``path_decay``. w is what the generator's ``mapping`` returns where it has one, else the latents. It is taken over
+    1 / ``path_shrink`` of the batch (StyleGAN2's own training: 2).
     ``d_every``, ``g_every``: how many steps apart the penalties and the path length are taken. Above 1 they are phases of their own,
     weighted by the interval, and Adam's constants are raised to c = k / (k + 1) (Karras et al. 2020, appendix B).
     """
@@ -51,6 +54,7 @@ class Objective:
     center: float = 1.0
     path_length: float = 0.0
     path_decay: float = 0.01
+    path_shrink: int = 1
     d_every: int = 1
     g_every: int = 1
 
@@ -63,7 +67,7 @@ class Objective:
                 raise ValueError(f"{name}: got {value}, supported: a finite number of at least 0")
         if not 0 < self.path_decay <= 1:
             raise ValueError(f"path_decay: got {self.path_decay}, supported: a number above 0 and at most 1")
-        for name in ("d_every", "g_every"):
+        for name in ("path_shrink", "d_every", "g_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, supported: an integer of at least 1")
 
@@ -114,7 +118,9 @@ class AdversarialStep:
     """The phases of adversarial training, each on fixed buffers, so that on CUDA each can be one captured graph.
 
     ``generator`` maps latents (B, ``latent``) to samples; ``discriminator`` maps samples to logits (B,) or (B, 1). Both are on one device
-    and are trained in place. ``shape``: (B, C, H, W) of the real samples.
+    and are trained in place. ``shape``: (B, C, H, W) of the real samples. A generator with the attribute ``seeded``, and its ``mapping``
+    and ``synthesis``, are called with (latents, seeds (B,) int64, draw): what it leaves to chance it draws from them, with draw 0 in the
+    discriminator's phase, 1 in the generator's, 2 for the path length.
     ``lr``, ``betas``, ``eps``: Adam's, the same for both networks; ``lr`` may be a pair (generator, discriminator).
     ``capture``: record each phase in a CUDA graph and replay it: its first run is eager, on a side stream, and the second records.
     Networks must be capturable. ``compile``: trace each phase's gradients, the double backward with them, by make_fx, and compile
@@ -122,10 +128,11 @@ class AdversarialStep:
     refuses with ``fullgraph=True``.
 
     ``inputs`` names the buffers a phase reads: "real", "z_d" and "z_g" (latents of the discriminator's and the generator's phase),
-    and where needed "mix" (B,) in [0, 1), "z_path", "noise_path" (like real). `load` fills them. ``lr`` (by network), ``weights``
-    (by penalty) and ``ema_weight`` (share of the new weights in the average) are 0-dimensional tensors that may be filled between phases;
-    ``lr`` is after the factor ``correction`` of a lazy schedule. ``average`` holds the averages of the generator's parameters and
-    buffers, by name. What the phases report is summed on the device until `take_means`; no phase waits for the device.
+    and where needed "seeds" (B,), "mix" (B,) in [0, 1), "z_path" and "noise_path" (like real) of B / path_shrink samples. `load` fills
+    them. ``lr`` (by network), ``weights`` (by penalty) and ``ema_weight`` (share of the new weights in the average) are 0-dimensional
+    tensors that may be filled between phases; ``lr`` is after the factor ``correction`` of a lazy schedule. ``average`` holds the averages
+    of the generator's parameters and buffers, by name. What the phases report is summed on the device until `take_means`; no phase
+    waits for the device.
     """
 
     def __init__(
@@ -155,10 +162,15 @@ class AdversarialStep:
 
         batch = shape[0]
         self.inputs = {"real": buffer(*shape), "z_d": buffer(batch, latent), "z_g": buffer(batch, latent)}
+        if getattr(generator, "seeded", False):
+            self.inputs["seeds"] = torch.zeros(batch, dtype=torch.int64, device=like.device)
         if objective.gradient_penalty:
             self.inputs["mix"] = buffer(batch)
         if objective.path_length:
-            self.inputs |= {"z_path": buffer(batch, latent), "noise_path": buffer(*shape)}
+            if batch % objective.path_shrink:
+                raise ValueError(f"path_shrink: got {objective.path_shrink}, supported: a divisor of the batch {batch}")
+            paths = batch // objective.path_shrink
+            self.inputs |= {"z_path": buffer(paths, latent), "noise_path": buffer(paths, *shape[1:])}
         penalties = ("r1", "r2", "gradient_penalty", "path_length")
         self.weights = {name: buffer().fill_(getattr(objective, name)) for name in penalties if getattr(objective, name)}
         self.path_mean, self.ema_weight = buffer(), buffer().fill_(1)
@@ -240,8 +252,12 @@ class AdversarialStep:
         mine = self.state()
         for name, optimizer in self.optimizers.items():
             for key, parameter in self.networks[name].named_parameters():
-                words = [word for word in ("step", "exp_avg", "exp_avg_sq") if f"adam/{name}/{key}/{word}" in tensors]
-                optimizer.state[parameter] = {word: tensors[f"adam/{name}/{key}/{word}"].to(parameter.device, copy=True) for word in words}
+                prefix = f"adam/{name}/{key}/"
+                saved = {word: tensors[prefix + word] for word in ("step", "exp_avg", "exp_avg_sq") if prefix + word in tensors}
+                optimizer.state[parameter] = {
+                    word: torch.empty_like(t if word == "step" else parameter, device=parameter.device).copy_(t)
+                    for word, t in saved.items()
+                }
         for name, tensor in mine.items():
             if not name.startswith("adam/"):
                 tensor.copy_(tensors[name])
@@ -264,7 +280,8 @@ class AdversarialStep:
         def phase() -> None:
             grads, report = evaluate()
             for parameter, grad in zip(parameters, grads, strict=True):
-                parameter.grad = grad
+                # Adam's kernel walks through memory, and a convolution may leave its weight's gradient in another order.
+                parameter.grad = grad if grad.stride() == parameter.stride() else torch.empty_like(parameter).copy_(grad)
             optimizer.step()
             optimizer.zero_grad()
             if "path_mean" in report:
@@ -276,7 +293,7 @@ class AdversarialStep:
 
     def _discriminator_loss(self) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
-            fake = self.generator(self.inputs["z_d"])
+            fake = self._generate("z_d", D_DRAW)
         both = self.objective.penalises and self.objective.d_every == 1  # the logits serve the loss and the penalties
         real = self.inputs["real"].detach().requires_grad_(both and self.objective.r1 > 0)
         fake = fake.requires_grad_(both and self.objective.r2 > 0)
@@ -292,7 +309,7 @@ class AdversarialStep:
         fake = real = self.inputs["real"].detach().requires_grad_()
         if self.objective.r2 or self.objective.gradient_penalty:
             with torch.no_grad():
-                fake = self.generator(self.inputs["z_d"])
+                fake = self._generate("z_d", D_DRAW)
             fake = fake.requires_grad_()
         d_real = self._logits(real) if self.objective.r1 else None
         d_fake = self._logits(fake) if self.objective.r2 else None
@@ -312,7 +329,7 @@ class AdversarialStep:
         return torch.stack([self.weights[name] * value for name, value in report.items()]).sum(), report
 
     def _generator_loss(self) -> tuple[Tensor, dict[str, Tensor]]:
-        d_fake = self._logits(self.generator(self.inputs["z_g"]))
+        d_fake = self._logits(self._generate("z_g", G_DRAW))
         d_real = d_fake
         if self.objective.loss in _PAIRED:
             with torch.no_grad():
@@ -331,12 +348,22 @@ class AdversarialStep:
     def _path_length(self) -> tuple[Tensor, dict[str, Tensor]]:
         mapping, synthesis = (getattr(self.generator, name, None) for name in ("mapping", "synthesis"))
         z = self.inputs["z_path"]
-        w = z.detach().requires_grad_() if mapping is None else mapping(z)
-        images = self.generator(w) if synthesis is None else synthesis(w)
+        seeds = self._seeds(len(z), PATH_DRAW)
+        w = z.detach().requires_grad_() if mapping is None else mapping(z, *seeds)
+        images = self.generator(w, *seeds) if synthesis is None else synthesis(w, *seeds)
         lengths = path_lengths(images, w, self.inputs["noise_path"])
         mean = torch.lerp(self.path_mean, lengths.mean(), self.objective.path_decay)
         penalty = (lengths - mean).square().mean()
         return self.weights["path_length"] * penalty, {"path_length": penalty, "path_mean": mean}
+
+    def _seeds(self, count: int, draw: int) -> tuple[Tensor, int] | tuple[()]:
+        """What a seeded generator, its mapping or its synthesis is called with besides its input."""
+        return (self.inputs["seeds"][:count], draw) if "seeds" in self.inputs else ()
+
+    def _generate(self, latents: str, draw: int) -> Tensor:
+        z = self.inputs[latents]
+        images: Tensor = self.generator(z, *self._seeds(len(z), draw))
+        return images
 
     def _logits(self, x: Tensor) -> Tensor:
         logits: Tensor = self.discriminator(x)

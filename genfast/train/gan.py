@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from genfast.models.dcgan import Discriminator, Generator, save
+from genfast.models import generators
 from genfast.train import ema as averages
-from genfast.train.adversarial import PATH, AdversarialStep, Objective
+from genfast.train.adversarial import D_DRAW, G_DRAW, PATH, PATH_DRAW, AdversarialStep, Objective
 from genfast.train.checkpoint import write_atomically
 from genfast.train.pictures import grid
 from genfast.train.run import (
@@ -46,8 +46,8 @@ CURVES = dict.fromkeys(("d_loss", "g_loss", "r1", "r2", "gradient_penalty", "pat
 
 # fmt: off
 def train_gan(
-    generator: Generator,                             # trained in place, on the device it is on
-    discriminator: Discriminator,                     # on the same device
+    generator: nn.Module,                             # of a family in genfast.models.generators, trained in place where it is
+    discriminator: nn.Module,                         # on the same device
     images: Images,                                   # (N, H, W) or (N, C, H, W) uint8
     *,
     out: str | Path,                                  # directory of everything written; an interrupted run there is continued
@@ -56,7 +56,7 @@ def train_gan(
     seed: int = 0,                                    # of the run: data order, latents and every other draw follow from it
     objective: Objective = NON_SATURATING,            # losses and penalties
     critic_steps: int = 1,                            # steps of the discriminator for one of the generator (5 is usual with "wgan")
-    lr: float = 2e-4,                                 # learning rate of Adam, for both networks
+    lr: float | tuple[float, float] = 2e-4,           # learning rate of Adam, for both networks or (generator's, discriminator's)
     betas: tuple[float, float] = (0.5, 0.999),        # of Adam
     ema: float = 0.05,                                # relative width of the power-function average of the weights (Karras et al. 2024)
     capture: bool = False,                            # each phase in a CUDA graph; CUDA only
@@ -75,7 +75,7 @@ def train_gan(
     batch norms, too.
 
     ``out`` receives config.json, log.jsonl, loss.png (where matplotlib is installed), checkpoint.safetensors and the one before it,
-    samples-STEP.png, and at the end ema.safetensors, the averaged generator that `genfast.models.dcgan.load` reads. A run that was
+    samples-STEP.png, and at the end ema.safetensors, the averaged generator that `genfast.models.generators.load` reads. A run that was
     killed at any moment continues from its last checkpoint when called again with the same arguments, and ends with the same
     bits as one that was not killed, on the same device with the same number of threads. A run that is finished returns at once.
 
@@ -84,14 +84,14 @@ def train_gan(
     Raises ValueError for bad arguments or if ``out`` holds a run with another configuration, and FloatingPointError if a loss
     or a weight is not finite.
     """
-    _check(generator, discriminator, images)
+    made, judges = _check(generator, discriminator, images)
     for name, value in {"steps": steps, "batch": batch, "critic_steps": critic_steps, "log_every": log_every}.items():
         check_number(name, value, 1)
     check_number("checkpoint_every", checkpoint_every, 1)
     check_number("seed", seed, 0, MOST_SEED)
     check_number("steps * critic_steps * batch", steps * critic_steps * batch, 1, VALIDATION)
     gamma = averages.power_gamma(ema)
-    device, latent = next(generator.parameters()).device, generator.config.latent
+    device, latent = next(generator.parameters()).device, made.latent
     x_all = images[:, None] if images.ndim == 3 else images
     shape = (batch, *x_all.shape[1:])
     step = AdversarialStep(generator, discriminator, shape, latent, objective, lr=lr, betas=betas, capture=capture)
@@ -99,7 +99,7 @@ def train_gan(
     out.mkdir(parents=True, exist_ok=True)
     # What decides the bits of the weights; how often something is written does not.
     config: dict[str, Any] = {
-        "generator": asdict(generator.config), "discriminator": asdict(discriminator.config), "data": digest(images), "steps": steps,
+        "generator": asdict(made), "discriminator": asdict(judges), "data": digest(images), "steps": steps,
         "batch": batch, "seed": seed, "objective": asdict(objective), "critic_steps": critic_steps, "lr": lr, "betas": betas,
         "ema": ema, "device": device.type,
     }  # fmt: skip
@@ -122,16 +122,20 @@ def train_gan(
     for number in bar:
         for update in range(number * critic_steps, (number + 1) * critic_steps):
             numbers = np.arange(update * batch, (update + 1) * batch)
-            seeds = sample_seeds(seed, numbers)
-            step.load(real=to_model(x_all[order(numbers)], device), z_d=rng.normal(seeds, (batch, latent), stream=MODEL_NOISE))
+            seeds = sample_seeds(seed, numbers).to(device)
+            z = rng.normal(seeds, (batch, latent), stream=MODEL_NOISE, draw=D_DRAW)
+            step.load(real=to_model(x_all[order(numbers)], device), z_d=z)
+            if "seeds" in step.inputs:
+                step.load(seeds=seeds)
             if "mix" in step.inputs:
                 step.load(mix=rng.uniform(seeds, (batch, 1), stream=TIMES)[:, 0])
             step.run(objective.discriminator_phases(update))
         phases = objective.generator_phases(number)
-        step.load(z_g=rng.normal(seeds, (batch, latent), stream=MODEL_NOISE, draw=1))
+        step.load(z_g=rng.normal(seeds, (batch, latent), stream=MODEL_NOISE, draw=G_DRAW))
         if PATH in phases or (objective.path_length and objective.g_every == 1):
-            z = rng.normal(seeds, (batch, latent), stream=MODEL_NOISE, draw=2)
-            step.load(z_path=z, noise_path=rng.normal(seeds, shape, stream=NOISE))
+            seeds = seeds[: batch // objective.path_shrink]
+            z = rng.normal(seeds, (len(seeds), latent), stream=MODEL_NOISE, draw=PATH_DRAW)
+            step.load(z_path=z, noise_path=rng.normal(seeds, (len(seeds), *shape[1:]), stream=NOISE))
         step.ema_weight.fill_(averages.power_weight(number + 1, gamma))
         step.run(phases)
 
@@ -151,28 +155,32 @@ def train_gan(
         if done % checkpoint_every == 0 or last:
             save_checkpoint(out, done, config, step.state())
 
-    save(generator, out / "ema.safetensors", step.average, **(about or {}))
+    generators.save(generator, out / "ema.safetensors", step.average, **(about or {}))
     generator.load_state_dict(step.average)
     return rows[-1] if rows else {}
 
 
-def _sample_grid(generator: Generator, average: dict[str, Tensor], rng: Any) -> Any:
+def _sample_grid(generator: nn.Module, average: dict[str, Tensor], rng: Any) -> Any:
     """Samples of the averaged generator with the seeds 0 to 63."""
     averaged = copy.deepcopy(generator)
     averaged.load_state_dict(average)
-    z = rng.normal(torch.arange(64), (64, generator.config.latent))
+    config: Any = generator.config
+    z = rng.normal(torch.arange(64), (64, config.latent))
     with torch.no_grad():
         return grid(averaged.eval()(z.to(next(generator.parameters()).device)), 8)
 
 
-def _check(generator: Generator, discriminator: Discriminator, images: Images) -> None:
-    for name, config in (("generator", generator.config), ("discriminator", discriminator.config)):
+def _check(generator: nn.Module, discriminator: nn.Module, images: Images) -> tuple[Any, Any]:
+    """Their configurations, if ``images`` are what they are for."""
+    configs: tuple[Any, Any] = (generator.config, discriminator.config)
+    for name, config in zip(("generator", "discriminator"), configs, strict=True):
         made = (config.image_channels, config.size, config.size)
         shape = (1, *images.shape[1:]) if images.ndim == 3 else images.shape[1:]
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) == 0 or shape != made:
             raise ValueError(
                 f"images: got {images.dtype} of shape {images.shape}, supported by this {name}: uint8, at least one image of shape {made}"
             )
+    return configs
 
 
 def _check_finite(step: AdversarialStep, number: int, out: Path) -> None:

@@ -49,7 +49,7 @@ def assert_same(got, expected):
 def test_other_classes_are_left_and_named(scheduler):
     pipe = tiny.stable_diffusion()
     pipe.scheduler = scheduler
-    report = gfd.accelerate(pipe)
+    report = gfd.accelerate(pipe, attention=False)
     name = f"{type(scheduler).__module__}.{type(scheduler).__name__}"
     assert report.left == {"scheduler": f"no fused class for {name}"} and not report.swapped
     assert pipe.scheduler is scheduler and str(report) == f"scheduler: left, no fused class for {name}"
@@ -66,9 +66,9 @@ def test_what_is_no_pipeline_is_refused(function):
 def test_twice_and_back():
     pipe = with_scheduler("EulerDiscreteScheduler")
     stock = pipe.scheduler
-    assert str(gfd.accelerate(pipe)) == "scheduler: EulerDiscreteScheduler, fused"
+    assert str(gfd.accelerate(pipe, attention=False)) == "scheduler: EulerDiscreteScheduler, fused"
     fused = pipe.scheduler
-    assert str(gfd.accelerate(pipe, seeds=[3])) == "scheduler: EulerDiscreteScheduler, fused already"
+    assert str(gfd.accelerate(pipe, seeds=[3], attention=False)) == "scheduler: EulerDiscreteScheduler, fused already"
     assert pipe.scheduler is fused and fused.seeds == [3]
     assert type(stock.config) is type(fused.config) and dict(stock.config) == dict(fused.config)
     gfd.restore(pipe)

@@ -203,7 +203,7 @@ def test_same_picture(family):
     expected = draw(pipe, options)
     stock = pipe.scheduler
     report = gfd.accelerate(pipe)
-    assert list(report.swapped) == ["scheduler"] and not report.left
+    assert {"scheduler"} < set(report.swapped) and not report.left  # the networks' attention too
     assert isinstance(pipe.scheduler, gfd.FusedScheduler) and pipe.scheduler.stock is type(stock)
     got = draw(pipe, options)
     assert pipe.scheduler.fallback is None and pipe.scheduler._run is not None

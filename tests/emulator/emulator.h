@@ -3,7 +3,9 @@
 //
 // A fiber runs until it blocks at a barrier or a warp exchange; a thread that never blocks costs no switch. Shared memory lives on the
 // heap in blocks of its exact size (AddressSanitizer sees an overrun) and holds NaN patterns until it is written.
-// GENFAST_EMULATOR_SEED=n (n > 0) shuffles the order of blocks and, at every step, of threads.
+// GENFAST_EMULATOR_SEED=n (n > 0) shuffles the order of blocks and, at every step, of threads; between two barriers one warp runs as far as
+// it can before the next; and an asynchronous copy lands at once or when its thread waits for it. 0: in order, warps in step, copies at
+// once.
 #pragma once
 #include <ucontext.h>
 
@@ -72,6 +74,7 @@ struct Thread {
   uint32_t mask = 0;
   Cell published{};
   std::shared_ptr<Exchange> exchange;
+  std::vector<std::pair<uint4*, uint4>> copies;              // of cp.async: to where, what; under way
   std::function<bool()> condition;                           // what it waits for
   std::vector<std::vector<std::function<void()>>> products;  // of wgmma, by group; the last group is open
   std::vector<const float*> sums_in_flight;                  // of each product, in their order
@@ -101,6 +104,7 @@ struct Machine {
   std::vector<Fiber*> idle;
   std::vector<Thread> threads;
   std::vector<int> order;  // of threads that have not ended
+  std::vector<int> warps;  // first threads, in the order in which warps run ahead
   size_t next = 0;         // position in `order` from which an idle fiber takes its next thread
   Thread* current = nullptr;
   std::function<void()> body;
@@ -223,13 +227,13 @@ inline void run_thread(Thread& thread) {
   if (last.wait == Wait::kDone) m.idle.push_back(std::exchange(last.fiber, nullptr));
 }
 
-// Lets go the lanes of every mask that is complete: all lanes it names wait at one place with that mask.
-inline bool release_warps() {
+// Lets go the lanes of every mask of a warp that is complete: all lanes it names wait at one place with that mask.
+inline bool release_warp(int base) {
   auto& threads = machine.threads;
   bool any = false;
-  for (Thread& t : threads) {
+  for (int i = base; i < std::min<int>(base + 32, threads.size()); ++i) {
+    const Thread& t = threads[i];
     if (t.wait != Wait::kWarp) continue;
-    const int base = t.linear & ~31;
     auto lane = [&](int l) -> Thread* { return base + l < int(threads.size()) ? &threads[base + l] : nullptr; };
     bool complete = true;
     for (int l = 0; l < 32 && complete; ++l) {
@@ -309,8 +313,14 @@ inline void run_block() {
   Machine& m = machine;
   m.order.resize(m.threads.size());
   std::iota(m.order.begin(), m.order.end(), 0);
+  m.warps.clear();
+  for (size_t i = 0; i < m.threads.size(); i += 32) m.warps.push_back(int(i));
+  const auto shuffle = [&](std::vector<int>& numbers) {
+    if (m.random) std::shuffle(numbers.begin(), numbers.end(), *m.random);
+  };
+  shuffle(m.warps);
   while (!m.order.empty()) {
-    if (m.random) std::shuffle(m.order.begin(), m.order.end(), *m.random);
+    shuffle(m.order);
     for (m.next = 0; m.next < m.order.size();) {
       Thread& thread = m.threads[m.order[m.next++]];
       if (thread.wait == Wait::kRun) run_thread(thread);
@@ -318,8 +328,16 @@ inline void run_block() {
     std::erase_if(m.order, [&](int i) { return m.threads[i].wait == Wait::kDone; });
     if (m.order.empty()) break;
     if (perhaps()) land();
-    const bool warps = release_warps(), conditions = release_conditions();
-    if (!release_block() && !warps && !conditions && !land()) {
+    bool any = false;
+    for (int base : m.warps) {
+      if (m.random && any) break;
+      any |= release_warp(base);
+    }
+    any |= release_conditions();
+    if (any) continue;
+    if (release_block()) {
+      shuffle(m.warps);
+    } else if (!land()) {
       for (int i : m.order) {
         const Thread& t = m.threads[i];
         if (t.wait == Wait::kCondition) fail(name_of(t) + " waits for ever at " + t.place.text());
@@ -344,6 +362,7 @@ void launch(dim3 grid, dim3 block, size_t dynamic_bytes, Body&& body) {
   std::vector<uint64_t> blocks(uint64_t(grid.x) * grid.y * grid.z);
   std::iota(blocks.begin(), blocks.end(), uint64_t{0});
   if (seed) std::shuffle(blocks.begin(), blocks.end(), random);
+  m.random = seed ? &random : nullptr;
   m.grid = grid;
   m.block = block;
   m.body = std::forward<Body>(body);
@@ -363,6 +382,7 @@ void launch(dim3 grid, dim3 block, size_t dynamic_bytes, Body&& body) {
         t.products.assign(1, {});
         t.sums_in_flight.clear();
         t.stores = 0;
+        t.copies.clear();
       }
       run_block();
     }
@@ -378,6 +398,15 @@ void launch(dim3 grid, dim3 block, size_t dynamic_bytes, Body&& body) {
   }
   m.shared.clear();
   m.current = nullptr;
+}
+
+inline void copy_async(void* to, const uint4& value) {
+  auto* const shared = static_cast<uint4*>(to);
+  machine.random && (*machine.random)() % 2 ? void(machine.current->copies.emplace_back(shared, value)) : void(*shared = value);
+}
+inline void wait_for_copies() {
+  for (auto& [to, value] : machine.current->copies) *to = value;
+  machine.current->copies.clear();
 }
 
 // The shared variable that `key` names, made at its first use in a block's life. Alignment 128: the strictest the kernels ask for.

@@ -1,6 +1,6 @@
 """Compiles the CUDA sources as C++ under the block emulator (docs/emulator.md).
 
-Results are cached in build/emulator under a hash of everything that goes in; ccache is used where it is found.
+Results are cached in build/emulator under a hash of everything that goes in.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import importlib.util
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "emulator"
-OPS = ["noise", "solver_step", "bias_act", "upfirdn2d", "bn_act", "attention"]
+OPS = (ROOT / "CMakeLists.txt").read_text().split("set(OPS ")[1].split(")")[0].split()
 # -ffp-contract=off: the bits are specified. -fno-strict-aliasing: kernels read arrays through vector types, as CUDA lets them.
 FLAGS = [
     *("-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing"),
@@ -37,11 +38,24 @@ def _sources_hash(*more: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _run(command: list[str]) -> None:
-    launcher = ["ccache"] if "-c" in command and shutil.which("ccache") else []
-    done = subprocess.run([*launcher, *command], capture_output=True, text=True, check=False)
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def _object(source: Path, flags: list[str]) -> str:
+    """``source`` compiled, or what an equal text was compiled to: a planted bug costs the units that include it."""
+    command = [*compiler(), *flags, "-x", "c++", str(source)]
+    text = _run([*command, "-E", "-P"])
+    target = CACHE / "objects" / f"{hashlib.sha256(chr(0).join([*flags, text]).encode()).hexdigest()[:24]}.o"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = target.with_suffix(f".{os.getpid()}.o")
+        _run([*command, "-c", "-o", str(fresh)])
+        os.replace(fresh, target)
+    return str(target)
 
 
 def _build(name: str, units: list[tuple[Path, list[str]]], link: list[str], flags: list[str]) -> Path:
@@ -55,13 +69,9 @@ def _build(name: str, units: list[tuple[Path, list[str]]], link: list[str], flag
             return target
         for stale in CACHE.glob(f"*-{name}"):
             stale.unlink()
-        objects = []
-        for i, (source, own) in enumerate(units):
-            objects.append(str(CACHE / f"{key}-{i}.o"))
-            _run([*compiler(), *flags, *own, "-x", "c++", "-c", str(source), "-o", objects[-1]])
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda unit: _object(unit[0], [*flags, *unit[1]]), units))
         _run([*compiler(), *flags, *objects, *link, "-o", f"{target}.new"])
-        for item in objects:
-            Path(item).unlink()
         os.replace(f"{target}.new", target)
     return target
 
@@ -69,7 +79,8 @@ def _build(name: str, units: list[tuple[Path, list[str]]], link: list[str], flag
 def library(*, sanitize: bool = False, mutation: tuple[str, str, str] | None = None) -> Path:
     """The operators as a torch library, in namespace genfast_emulator.
 
-    ``mutation`` (file under csrc, text, replacement) plants a bug in the kernels, for the tests of the tests.
+    ``mutation`` (file under csrc, text, replacement) plants a bug in the kernels, for the tests of the tests; where the file belongs to
+    one operator, the library holds that one alone.
     """
     spec = importlib.util.find_spec("torch")
     assert spec and spec.submodule_search_locations
@@ -79,7 +90,8 @@ def library(*, sanitize: bool = False, mutation: tuple[str, str, str] | None = N
     registration = ["-DGENFAST_BACKEND_EMULATOR", f"-DTORCH_TARGET_VERSION={target}", "-isystem", str(torch / "include")]
     units: list[tuple[Path, list[str]]] = []
     kernels = _mutated(*mutation) if mutation else ROOT / "csrc"
-    for op in OPS:
+    mutated = [op for op in OPS if mutation and mutation[0].startswith(f"ops/{op}/")]
+    for op in mutated or OPS:
         units.append((ROOT / f"csrc/ops/{op}/{op}.cpp", registration))
         units += [(source, []) for source in sorted((kernels / f"ops/{op}").glob("*.cu"))]
     flags = [*FLAGS, *(SANITIZE if sanitize else [])]

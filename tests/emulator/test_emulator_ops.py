@@ -25,7 +25,7 @@ from genfast.testing import Case as SpecCase
 from genfast.testing.oracle import assert_accurate, precision
 from genfast.testing.spec import LAYOUTS, Arguments, laid_out, widened
 
-ACCURATE = ["bias_act", "bn_act", "upfirdn2d"]  # operators with derivatives by kernel, without promised bits
+ACCURATE = ["bias_act", "bn_act", "modulate_bias_act", "qknorm_rope", "upfirdn2d"]  # derivatives by kernel, without promised bits
 
 
 @pytest.mark.parametrize(("spec", "case"), [pytest.param(s, c, id=f"{s.name}-{c.name}") for s in SPECS.values() if s.bits for c in s.cases])
@@ -54,6 +54,31 @@ def test_gradients(emulated: Any, schedule: None, spec: OpSpec, case: SpecCase, 
     working, exact = all_of(reference, arguments), all_of(reference, widened(arguments))
     for result, plain, truth in zip(got, working, exact, strict=True):
         assert_accurate(case.name, result, plain, truth, precision(spec, dtype))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 12, 5, 7), (2, 24, 4, 8), (5, 6, 33, 34)], ids=str)
+def test_samples_have_statistics_of_their_own(emulated: Any, schedule: None, shape: tuple[int, ...], layout: str) -> None:
+    """Group normalisation with a residual and its gradients: one launch a pass, in both layouts."""
+    random = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(shape, generator=random, dtype=torch.float64).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))
+    given = [x, residual, torch.randn(shape[1], generator=random).double(), torch.randn(shape[1], generator=random).double()]
+
+    def all_of(namespace: Any) -> list[torch.Tensor]:
+        x, residual, weight, bias = leaves = [t.clone().requires_grad_() for t in given]
+        ones = torch.eye(shape[1], dtype=x.dtype)[:, :, None, None]
+        y = namespace.conv_block(x, ones, bias, residual, norm="group", norm_groups=3, norm_weight=weight, act="swish")
+        return [y, *torch.autograd.grad((y * y.detach().cos()).sum(), leaves)]
+
+    launches = []
+    with operators_from("genfast_emulator"):
+        kernel = torch.ops.genfast_emulator.bn_act_
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.ops.genfast_emulator, "bn_act_", lambda *a: (launches.append(a[8]), kernel(*a)))
+            got = all_of(ops)
+    assert launches == [0, 1, 2, 3]
+    for a, b in zip(got, all_of(reference), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -153,7 +178,7 @@ def test_a_sample_alone_equals_the_sample_in_a_batch(emulated: Any) -> None:
 
 def run_these_files(library: dict[str, str], preload: str = "", only: str = "") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **library, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
-    files = [__file__, *(str(Path(__file__).with_name(f"test_emulator_{what}.py")) for what in ("attention", "hopper"))]
+    files = [str(f) for f in sorted(Path(__file__).parent.glob("test_emulator_*.py")) if f.name != "test_emulator_self.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", only, *files]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
 
@@ -189,8 +214,30 @@ def test_address_sanitizer_sees_a_kernel_read_out_of_bounds() -> None:
             "test_solver_step and rescale",
         ),
         ("ops/attention/attention_forward.cuh", "key + kKeys > p.m || ", "", "test_every_head"),
+        ("ops/attention/attention_forward.cuh", "    __syncthreads();  // the keys are there", "    //", "test_every_head"),
+        (
+            *("ops/attention/attention_backward.cuh", "cp_async_wait_all();\n    __syncthreads();  // walked1", "__syncthreads();  //"),
+            "test_every_head",
+        ),
+        ("ops/upfirdn2d/upfirdn2d.cu", "  });\n  __syncthreads();\n", "  });\n", "test_a_sweep_of_shapes and planes"),
+        ("ops/upfirdn2d/upfirdn2d.cu", "? static_cast<int>(first_element(p.x, 0) & 1) : 0", "? 0 : 0", "test_a_sweep_of_shapes and planes"),
+        (
+            "ops/bn_act/bn_act.cu",
+            "(sample * p.outer + row + k * groups) * period, span);",
+            "(row + k * groups) * period, span);",
+            "test_samples",
+        ),
     ],
-    ids=["fold without a barrier", "sum in another order", "keys beyond the last"],
+    ids=[
+        "fold without a barrier",
+        "sum in another order",
+        "keys beyond the last",
+        "loop without a barrier",
+        "copy without a wait",
+        "lines without a barrier",
+        "pairs at odd elements",
+        "the first sample",
+    ],
 )
 def test_a_planted_bug_fails(file: str, text: str, replacement: str, only: str) -> None:
     path = emulator_build.library(mutation=(file, text, replacement))

@@ -36,10 +36,12 @@ def chain(function: Callable[..., Tensor], x: Tensor, b: Tensor, orders: int, **
 @pytest.mark.parametrize("clamp", [None, 0.7])
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_fourth_order(act: str, clamp: float | None) -> None:
-    x, b = normal(2, 3, 4, 5), normal(3, seed=1)
-    got = chain(ops.bias_act, x, b, 4, act=act, clamp=clamp)
-    for result, truth in zip(got, chain(reference.bias_act, x, b, 4, act=act, clamp=clamp), strict=True):
-        torch.testing.assert_close(result, truth, rtol=1e-13, atol=1e-13)
+    """In every dimension, of pictures and of vectors."""
+    for shape, dim in (((2, 3, 4, 5), 0), ((2, 3, 4, 5), 1), ((2, 3, 4, 5), 2), ((2, 3, 4, 5), -1), ((4, 7), 1), ((9,), 0)):
+        x, b = normal(*shape), normal(shape[dim], seed=1)
+        got, want = (chain(f, x, b, 4, act=act, clamp=clamp, dim=dim) for f in (ops.bias_act, reference.bias_act))
+        for result, truth in zip(got, want, strict=True):
+            torch.testing.assert_close(result, truth, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)

@@ -70,6 +70,19 @@ def test_third_order(act: str, training: bool) -> None:
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
+def test_the_third_derivative_by_differences() -> None:
+    """The gradient of the second derivative against differences of it: torch's own batch_norm fails this."""
+
+    def second(x: Tensor, residual: Tensor) -> Tensor:
+        y = ops.bn_act(x, residual=residual, act="tanh")
+        (g,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+        (h,) = torch.autograd.grad((g**2).sum(), x, create_graph=True)
+        return h
+
+    given = normal(3, 2, 4, 3).requires_grad_(), normal(3, 2, 4, 3, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(second, given, fast_mode=True)
+
+
 def test_float32_parameters_with_a_bfloat16_input() -> None:
     x, weight, bias = normal(8, 6, 9, 9, dtype=torch.bfloat16).requires_grad_(), torch.ones(6).requires_grad_(), torch.zeros(6)
     mean, var = torch.zeros(6), torch.ones(6)
@@ -82,17 +95,23 @@ def test_float32_parameters_with_a_bfloat16_input() -> None:
 
 def test_opcheck() -> None:
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    x, coef, genfast = normal(2, 3, 4, 5), normal(6, 3), torch.ops.genfast
-    for operator, given in [
-        (genfast.bn_moments, (x, False)),
-        (genfast.bn_moments, (x, True)),
-        (genfast.bn_sums, (x.clone(), x, normal(6, 2, 3), 3, 0.0)),
-        (genfast.bn_apply, (x, coef, 3, 0.0)),
-        (genfast.bn_sums, (x.clone(), x, coef, 3, 0.0)),
-        (genfast.bn_backward, (x.clone(), x, coef, 3, 0.0)),
-        (genfast.bn_act_, (torch.empty_like(x), None, x, None, coef, 20, 1, 1, 0.0)),
-    ]:
-        assert set(torch.library.opcheck(operator, given, test_utils=tests).values()) == {"SUCCESS"}
+    x, genfast = normal(2, 4, 4, 5), torch.ops.genfast
+    options = (3, 0.0, 1.5)  # act, alpha, gain
+    for samples, groups in ((1, 4), (2, 2)):
+        moments = normal(2, samples, 4, seed=1).square()
+        given = (moments, normal(4, seed=2), None, groups, 1e-5, *options)
+        dy, residual, coef = x.clone(), x.clone(), normal(6, samples, 4)
+        for operator, arguments in [
+            (genfast.bn_moments, (x, samples > 1)),
+            (genfast.bn_apply, (x, residual, *given)),
+            (genfast.bn_sums, (dy, x, None, *given, False)),
+            (genfast.bn_sums, (dy, x, residual, *given, True)),
+            (genfast.bn_backward, (dy, x, residual, None, None, *given)),
+            (genfast.bn_backward, (dy, x, residual, moments.clone(), moments.clone(), *given)),
+            (genfast.bn_act_, (torch.empty_like(x), None, x, None, residual, coef, samples, 20, 1, *options)),
+            (genfast.bn_coefficients_, (coef, None, moments, None, None, None, None, groups, 1e-5)),
+        ]:
+            assert set(torch.library.opcheck(operator, arguments, test_utils=tests).values()) == {"SUCCESS"}
 
 
 def test_compiled() -> None:

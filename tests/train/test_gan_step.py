@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from genfast.models import DCGANConfig, Discriminator, Generator
+from genfast.models.dcgan import DCGANConfig
+from genfast.models.generators import FAMILIES
+from genfast.models.r3gan import R3GANConfig
+from genfast.models.stylegan2 import StyleGAN2Config
 from genfast.train.adversarial import LOSSES, AdversarialStep, Objective, between, gradient_penalty, path_lengths
 
 BATCH, LATENT, SHAPE = 4, 3, (4, 1, 2, 2)
@@ -143,9 +147,16 @@ def draws(objective: Objective, step: int, dtype: torch.dtype = torch.float64) -
     return {name: t.to(dtype) for name, t in given.items()}
 
 
-def take(step: AdversarialStep, k: int, rate: float = 1.0) -> None:
+def filled(step: AdversarialStep, k: int) -> dict[str, Tensor]:
+    """Something for every input of step k, whatever the networks are."""
+    generator = torch.Generator().manual_seed(k)
+    given = {name: torch.rand(t.shape, generator=generator, dtype=torch.float64) for name, t in step.inputs.items()}
+    return {name: (t * 2**40).long() if name == "seeds" else t if name == "mix" else 2 * t - 1 for name, t in given.items()}
+
+
+def take(step: AdversarialStep, k: int, rate: float = 1.0, given: dict[str, Tensor] | None = None) -> None:
     """Step k with everything that may change between steps changed."""
-    step.load(**draws(step.objective, k, step.path_mean.dtype))
+    step.load(**(given or draws(step.objective, k, step.path_mean.dtype)))
     for name, base in zip(("generator", "discriminator"), LR, strict=True):
         step.lr[name].fill_(base * rate * step.correction[name])
     for name, weight in step.weights.items():
@@ -255,6 +266,65 @@ def test_five_steps_equal_a_loop_written_out(name: str, mapped: bool, backend: s
     assert {"d_loss", "d_real", "d_fake", "g_loss", *step.weights} == step.take_means().keys() and step.take_means() == {}
 
 
+def test_a_seeded_generator_is_told_which_use_it_is() -> None:
+    used: list[tuple[str, int, int]] = []
+
+    class Half(nn.Module):
+        def __init__(self, name: str, inner: nn.Module) -> None:
+            super().__init__()
+            self.name, self.inner = name, inner
+
+        def forward(self, x: Tensor, seeds: Tensor, draw: int) -> Tensor:
+            used.append((self.name, len(seeds), draw))
+            return self.inner(x)  # type: ignore[no-any-return]
+
+    class Seeded(Mapped):
+        seeded = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.mapping, self.synthesis = Half("mapping", self.mapping), Half("synthesis", self.synthesis)  # type: ignore[assignment]
+
+        def forward(self, z: Tensor, *seeds: Any) -> Tensor:
+            return self.synthesis(self.mapping(z, *seeds), *seeds)  # type: ignore[no-any-return]
+
+    objective = Objective(r2=0.5, d_every=2, path_length=1.0, path_shrink=2, g_every=2)
+    step = AdversarialStep(Seeded().double(), tiny_discriminator(), SHAPE, LATENT, objective)
+    step.load(**filled(step, 0))
+    step.run([*objective.discriminator_phases(0), *objective.generator_phases(0)])
+    # The penalty sees the fakes of its own discriminator's phase; the path length takes half of the batch.
+    assert used == [(half, count, draw) for count, draw in ((4, 0), (4, 0), (4, 1), (2, 2)) for half in ("mapping", "synthesis")]
+    with pytest.raises(ValueError, match="path_shrink: got 3, supported: a divisor of the batch 4"):
+        AdversarialStep(tiny_generator(), tiny_discriminator(), SHAPE, LATENT, Objective(path_length=1.0, path_shrink=3))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_adam_reads_a_gradient_where_its_parameter_lies(layout: torch.memory_format) -> None:
+    """Its kernel walks through memory: weights in one format, pictures in another and moments from a file must not be mixed up."""
+    weights = []
+    for own in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        generator = nn.Sequential(nn.Linear(LATENT, 48), nn.Unflatten(1, (3, 4, 4))).double()
+        first = nn.Conv2d(3, 4, 3).double().to(memory_format=own)
+        step = AdversarialStep(generator, nn.Sequential(InFormat(layout), first, nn.Flatten(), nn.Linear(16, 1).double()), (BATCH, 3, 4, 4),
+                               LATENT, lr=0.1)  # fmt: skip
+        for k in range(2):
+            step.load(**filled(step, k))
+            step.run(["discriminator", "generator"])
+            step.restore({name: t.clone(memory_format=torch.contiguous_format) for name, t in step.state().items()})
+        weights.append(first.weight)
+    torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-12)
+
+
+class InFormat(nn.Module):
+    def __init__(self, layout: torch.memory_format) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=self.layout)
+
+
 # ---- as a CUDA graph ------------------------------------------------------------------------------------------------------------
 
 
@@ -303,27 +373,37 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
 
 
-def small_dcgan(device: str = "cpu") -> tuple[nn.Module, nn.Module]:
+TINY: dict[str, Any] = {
+    "dcgan": DCGANConfig(size=8, latent=LATENT, channels=4),
+    "stylegan2": StyleGAN2Config(size=8, image_channels=1, latent=LATENT, channel_base=64, channel_max=8, mapping_layers=2, mixing=0.5),
+    "r3gan": R3GANConfig(size=8, image_channels=1, latent=LATENT, channel_base=64, channel_max=8, group_channels=4, blocks=1),
+}
+
+
+def tiny_pair(networks: str, **changes: Any) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
-    config = DCGANConfig(size=8, latent=LATENT, channels=4)
-    return Generator(config).to(device), Discriminator(config).to(device)
+    if networks == "mapped":
+        return Mapped().double(), tiny_discriminator()
+    family, config = FAMILIES[networks], replace(TINY[networks], **changes)
+    return family.generator(config), family.discriminator(config)
 
 
-@pytest.mark.parametrize("networks", ["dcgan", "mapped"])
-def test_one_recording_of_a_phase_serves_every_step(networks: str, recorded: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("networks", "body"), [("dcgan", "float32"), ("dcgan", "bfloat16"), ("stylegan2", "float32"), ("stylegan2", "bfloat16"),
+                           ("r3gan", "bfloat16"), ("mapped", "")]
+)  # fmt: skip
+def test_one_recording_of_a_phase_serves_every_step(networks: str, body: str, recorded: None) -> None:
     """What capture relies on, shown without a GPU: nothing that changes between steps is baked in, and nothing waits for the device."""
     results = []
-    shape = (BATCH, 1, 8, 8) if networks == "dcgan" else SHAPE
-    monkeypatch.setitem(globals(), "SHAPE", shape)
+    shape = SHAPE if networks == "mapped" else (BATCH, 1, 8, 8)
     for capture in (False, True):
-        objective = Objective("logistic", r1=0.7, r2=0.2, gradient_penalty=1.0, path_length=2.0, d_every=2, g_every=3)
-        torch.manual_seed(0)
-        pair = small_dcgan() if networks == "dcgan" else (Mapped().double(), tiny_discriminator())
+        objective = Objective("logistic", r1=0.7, r2=0.2, gradient_penalty=1.0, path_length=2.0, path_shrink=2, d_every=2, g_every=3)
+        pair = tiny_pair(networks, **({"body": body} if body else {}))
         step = AdversarialStep(*pair, shape, LATENT, objective, lr=LR, betas=BETAS)
         step.capture = capture
         states = []
         for k in range(9):
-            take(step, k, 1 / (1 + k))
+            take(step, k, 1 / (1 + k), filled(step, k))
             states.append({name: t.clone() for name, t in {**step.state(), **step.sums}.items()})
         results.append((states, step.take_means(), step))
     (plain, means, _), (captured, captured_means, step) = results

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ import tiny_gan
 import tiny_run
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from genfast import cli, data
 from genfast.data import sets
-from genfast.models import DCGANConfig, Discriminator, Generator, dcgan
+from genfast.models import DCGANConfig, Discriminator, Generator, generators
 from genfast.reference import noise as rng
 from genfast.train import AdversarialStep, Objective
 
@@ -54,7 +55,39 @@ def test_stopped_in_any_phase_it_ends_with_the_same_bits(
     assert not (tmp_path / "ema.safetensors").exists()
     generator, _ = tiny_gan.run(tmp_path)
     tiny_run.assert_same_bits(straight, tmp_path)
-    averaged, _ = dcgan.load(straight / "ema.safetensors")
+    averaged, _ = generators.load(straight / "ema.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(averaged.state_dict().values(), generator.state_dict().values(), strict=True))
+
+
+STYLED: dict[str, Any] = {
+    "config": tiny_gan.STYLE,
+    "objective": Objective(r1=0.1, path_length=2.0, path_shrink=2, d_every=4, g_every=2),
+    "steps": 12,
+    "critic_steps": 1,
+    "lr": (2e-3, 3e-3),
+    "betas": (0.0, 0.99),
+}
+
+
+def test_stylegan2_in_bfloat16_continues_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn noise, mixed styles, lazy phases, two learning rates."""
+    tiny_gan.run(tmp_path / "straight", **STYLED)
+    calls, real = 0, AdversarialStep.run
+
+    def failing(self: AdversarialStep, phases: tuple[str, ...]) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 18:
+            raise KeyboardInterrupt
+        real(self, phases)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdversarialStep, "run", failing)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_gan.run(tmp_path / "stopped", **STYLED)
+    generator, _ = tiny_gan.run(tmp_path / "stopped", **STYLED)
+    tiny_run.assert_same_bits(tmp_path / "straight", tmp_path / "stopped")
+    averaged, _ = generators.load(tmp_path / "straight" / "ema.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(averaged.state_dict().values(), generator.state_dict().values(), strict=True))
 
 
@@ -66,7 +99,8 @@ def test_a_run_is_what_its_directory_says(tmp_path: Path, straight: Path, monkey
         path.name for path in straight.iterdir()
     }
     before = load_file(straight / "checkpoint.safetensors")
-    assert before["adam/generator/layers.1.weight/step"] == 40 + 20 and before["adam/discriminator/layers.0.weight/step"] == 80 + 27
+    assert before["adam/generator/layers.1.conv.weight/step"] == 40 + 20
+    assert before["adam/discriminator/layers.0.conv.weight/step"] == 80 + 27
     with monkeypatch.context() as patch:
         patch.setattr(AdversarialStep, "run", None)
         assert tiny_gan.run(straight)[1] == rows[-1]  # a finished run returns at once
@@ -99,22 +133,39 @@ def test_every_draw_belongs_to_its_sample(tmp_path: Path, monkeypatch: pytest.Mo
     where = [int(np.argmin([np.abs(x[0].numpy() - (image / 127.5 - 1)).max() for image in images])) for x in seen["real"]]
     assert sorted(where[:50]) == [*range(50)] and where[:50] != [*range(50)] and where[50:] != where[:14]
 
+    seen.clear()  # a generator with draws of its own gets the seeds; half of them serve the path length
+    tiny_gan.run(tmp_path / "styled", **{**STYLED, "steps": 2}, seed=3)
+    seeds = torch.stack(seen["seeds"])
+    assert torch.equal(seeds, 3 * 2**40 + torch.arange(16)) and len(seen["z_path"]) == len(seen["noise_path"]) == 4
+    assert torch.equal(seen["z_path"][3], rng.normal(seeds[3:4], (1, 4), stream=3, draw=2)[0])
 
-def test_training_moves_the_generator_towards_the_data(tmp_path: Path) -> None:
+
+@pytest.mark.parametrize(
+    ("config", "changes", "pictures"),
+    [
+        (tiny_gan.CONFIG, {"objective": Objective(r1=0.01), "lr": 5e-3, "steps": 150}, (100, 150)),
+        (tiny_gan.STYLE, {**STYLED, "lr": (1e-2, 1e-2), "steps": 60}, (60,)),
+    ],
+    ids=["dcgan", "stylegan2-bfloat16"],
+)
+def test_training_moves_the_generator_towards_the_data(
+    tmp_path: Path, config: Any, changes: dict[str, Any], pictures: tuple[int, ...]
+) -> None:
     """Bars: the mean picture of 64 samples comes nearer to that of the data."""
     images, _ = tiny_run.pictures()
     mean, z = torch.from_numpy(images.mean(0) / 127.5 - 1), rng.normal(torch.arange(64), (64, 4))
     torch.manual_seed(0)
 
-    def distance(generator: Generator) -> float:
+    def distance(generator: nn.Module) -> float:
         with torch.no_grad():
             return (generator.eval()(z).mean((0, 1)) - mean).square().mean().item()
 
-    before = distance(Generator(tiny_gan.CONFIG))
-    generator, _ = tiny_gan.run(tmp_path, steps=150, objective=Objective(r1=0.01), critic_steps=1, lr=5e-3, ema=0.2, sample_every=100)
+    family = generators.FAMILIES["stylegan2" if config is tiny_gan.STYLE else "dcgan"]
+    before = distance(family.generator(config))
+    generator, _ = tiny_gan.run(tmp_path, **{**changes, "config": config, "critic_steps": 1, "ema": 0.2, "sample_every": 100})
     after = distance(generator)
     assert after < 0.2 * before
-    assert {path.name for path in tmp_path.glob("*.png")} == {"loss.png", "samples-000100.png", "samples-000150.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"loss.png", *(f"samples-{step:06d}.png" for step in pictures)}
 
 
 def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
@@ -159,8 +210,8 @@ def test_dcgan_has_the_shapes_it_promises(size: int, tmp_path: Path) -> None:
     generator, discriminator = Generator(config), Discriminator(config)
     x = generator(torch.randn(3, 5))
     assert x.shape == (3, 3, size, size) and x.abs().max() <= 1 and discriminator(x).shape == (3,)
-    dcgan.save(generator, tmp_path / "g.safetensors", data="none")
-    again, about = dcgan.load(tmp_path / "g.safetensors")
+    generators.save(generator, tmp_path / "g.safetensors", data="none")
+    again, about = generators.load(tmp_path / "g.safetensors")
     assert about == {"data": "none"} and again.config == config
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), generator.state_dict().values(), strict=True))
 
@@ -173,15 +224,21 @@ def test_dcgan_refuses_what_it_cannot_make(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"x: got shape \(2, 1, 8, 7\), supported: \(B, 1, 8, 8\)"):
         Discriminator(tiny_gan.CONFIG)(torch.zeros(2, 1, 8, 7))
     tiny_run.run(tmp_path, steps=1)
-    with pytest.raises(ValueError, match="not a DCGAN generator saved by genfast"):
-        dcgan.load(tmp_path / "ema.safetensors")
+    with pytest.raises(ValueError, match="not a generator saved by genfast"):
+        generators.load(tmp_path / "ema.safetensors")
 
 
-def test_the_command_line_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def bars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fetched data set "bars", and a directory for a run."""
     entry = replace(sets.DATASETS["fashion"], read=lambda folder, split: tiny_run.pictures())
     monkeypatch.setitem(data.DATASETS, "bars", entry)
     monkeypatch.setenv("GENFAST_DATA", str(tmp_path / "cache"))
     (tmp_path / "cache" / "bars").mkdir(parents=True)
+    return tmp_path / "run"
+
+
+def test_the_command_line_trains(bars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = "--steps 3 --batch 4 --size 12 --channels 4 --loss wgan --gradient-penalty 10 --critic-steps 2 --betas 0 0.9 --sample-every 3"
     words = ["train", "gan", "--data", "bars", "--out", str(tmp_path / "run"), *options.split()]
     assert cli.main(words) == 0
@@ -191,3 +248,18 @@ def test_the_command_line_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "run" / "samples-000003.png").exists()
     assert cli.main([*words, "--size", "7"]) == 2
     assert "--size: got 7, supported: 8 or more by an even number" in capsys.readouterr().err
+    assert cli.main([*words, "--lr", "1", "2", "3"]) == 2
+    assert "--lr: got 3 numbers, supported: one for both networks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["stylegan2", "r3gan"])
+def test_the_command_line_trains_every_model(model: str, bars: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = f"--model {model} --precision bf16 --steps 2 --batch 4 --size 32 --channels 8 --latent 8 --lr 0.002 0.001"
+    assert cli.main(["train", "gan", "--data", "bars", "--out", str(bars), *options.split()]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["step"] == 2 and row["r1"] > 0
+    config = json.loads((bars / "config.json").read_text())
+    assert config["generator"]["body"] == "bfloat16" and config["lr"] == [0.002, 0.001] and config["betas"] == [0, 0.99]
+    assert (config["objective"]["d_every"] == (16 if model == "stylegan2" else 1) and "path_length" in row) or model == "r3gan"
+    generator, about = generators.load(bars / "ema.safetensors")
+    assert about == {"data": "bars"} and generator(torch.zeros(1, 8)).shape == (1, 1, 32, 32)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from genfast import models
 from genfast.models import UNet, UNetConfig
-from genfast.nn import Attention, TimeEmbedding
+from genfast.nn import AttentionBlock, TimeEmbedding
 
 SMALL = UNetConfig(channels=(8, 16, 24), blocks=(1, 1, 1), attention=(False, False, True), head_dim=8, num_classes=3)
 
@@ -53,7 +53,7 @@ def test_every_input_matters_and_no_label_is_the_null_label() -> None:
 
 def test_attention_is_softmax_attention() -> None:
     torch.manual_seed(0)
-    layer = Attention(16, head_dim=8).double()
+    layer = AttentionBlock(16, head_dim=8).double()
     torch.nn.init.normal_(layer.out.weight)
     x = torch.randn(2, 16, 3, 5, dtype=torch.float64)
     normed = layer.norm(x).flatten(2)  # (B, C, N)

@@ -1,11 +1,17 @@
 // attention_(Tensor(a!) o, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, bool causal, float scale) -> ()
-// Everything of full shape: what is broadcast has stride 0. Not empty.
+// attention_backward_(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!) delta, Tensor grad_o, Tensor? grad_lse,
+//                     Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, bool causal, float scale, Tensor o, Tensor lse) -> ()
+// attention_tangent_(Tensor(a!) to, Tensor(b!) tlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, bool causal, float scale,
+//                    Tensor tq, Tensor tk, Tensor tv, Tensor o, Tensor lse) -> ()                                      on CUDA alone
+// Everything of full shape, but for dbias: what is broadcast has stride 0. Not empty.
 #include "../../core/tensor.h"
 #include "params.h"
 
 namespace genfast {
 
 GENFAST_DECLARE_LAUNCH(attention, AttentionParams);
+GENFAST_DECLARE_LAUNCH(attention_backward, AttentionBackwardParams);
+GENFAST_DECLARE_LAUNCH(attention_tangent, AttentionTangentParams);
 
 namespace {
 
@@ -17,8 +23,16 @@ AttentionRows rows_of(const Tensor& t, const char* name, const Tensor& like, int
   return {t.stride(0), t.stride(1), t.stride(2)};
 }
 
-void attention_(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias,
-                const std::optional<Tensor>& mask, bool causal, double scale) {
+// A dense float32 tensor of shape (batch, heads, n).
+float* per_query(const Tensor& t, const char* name, const AttentionParams& p, const Tensor& like) {
+  check(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == p.batch * p.heads * p.n, name,
+        ": supported: a contiguous float32 tensor of shape (B, H, N)");
+  check_device(t, like);
+  return static_cast<float*>(t.data_ptr());
+}
+
+AttentionParams params_of(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
+                          const std::optional<Tensor>& bias, const std::optional<Tensor>& mask, bool causal, double scale) {
   check(q.dim() == 4 && k.dim() == 4, "q, k: got ", q.dim(), " and ", k.dim(), " dimensions, supported: 4");
   AttentionParams p{};
   p.batch = q.size(0);
@@ -40,10 +54,7 @@ void attention_(const Tensor& o, const Tensor& lse, const Tensor& q, const Tenso
   p.k = k.data_ptr();
   p.v = v.data_ptr();
   p.o = o.data_ptr();
-  check(lse.scalar_type() == ScalarType::Float && lse.is_contiguous() && lse.numel() == p.batch * p.heads * p.n,
-        "lse: supported: a contiguous float32 tensor of shape (B, H, N)");
-  check_device(lse, q);
-  p.lse = static_cast<float*>(lse.data_ptr());
+  p.lse = per_query(lse, "lse", p, q);
   if (bias.has_value()) {
     p.bias_dtype = dtype_of(*bias, "bias");
     check(p.bias_dtype == DType::F32 || p.bias_dtype == p.dtype, "bias: supported: float32 or q's dtype");
@@ -58,13 +69,81 @@ void attention_(const Tensor& o, const Tensor& lse, const Tensor& q, const Tenso
   }
   p.causal = causal;
   p.scale = static_cast<float>(scale);
+  return p;
+}
+
+void attention_(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias,
+                const std::optional<Tensor>& mask, bool causal, double scale) {
+  const AttentionParams p = params_of(o, lse, q, k, v, bias, mask, causal, scale);
   const DeviceGuard guard(q);
   GENFAST_LAUNCH(attention, p, q);
 }
+
+void attention_backward_(const Tensor& dq, const Tensor& dk, const Tensor& dv, const std::optional<Tensor>& dbias, const Tensor& delta,
+                         const Tensor& grad_o, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
+                         const std::optional<Tensor>& bias, const std::optional<Tensor>& mask, bool causal, double scale, const Tensor& o,
+                         const Tensor& lse) {
+  AttentionBackwardParams p{};
+  AttentionParams& f = p.forward = params_of(o, lse, q, k, v, bias, mask, causal, scale);
+  p.grad_o_at = rows_of(grad_o, "grad_o", q, f.heads, f.n, f.d);
+  p.dq_at = rows_of(dq, "dq", q, f.heads, f.n, f.d);
+  p.dk_at = rows_of(dk, "dk", q, f.kv_heads, f.m, f.d);
+  p.dv_at = rows_of(dv, "dv", q, f.kv_heads, f.m, f.d);
+  for (const auto* t : {&grad_o, &dq, &dk, &dv}) {
+    check(t->scalar_type() == q.scalar_type(), "grad_o, dq, dk, dv: got another dtype than q's, supported: the same");
+  }
+  p.grad_o = grad_o.data_ptr();
+  p.dq = dq.data_ptr();
+  p.dk = dk.data_ptr();
+  p.dv = dv.data_ptr();
+  p.delta = per_query(delta, "delta", f, q);
+  if (grad_lse.has_value()) p.grad_lse = per_query(*grad_lse, "grad_lse", f, q);
+  if (dbias.has_value()) {
+    const int64_t whole[4] = {f.batch, f.heads, f.n, f.m};
+    bool fits = f.bias && dbias->dim() == 4;
+    for (int i = 0; fits && i < 4; ++i) fits = dbias->size(i) == 1 || dbias->size(i) == whole[i];
+    check(fits && dbias->scalar_type() == ScalarType::Float && dbias->is_contiguous(),
+          "dbias: supported: a contiguous float32 tensor of the bias's own four dimensions");
+    check_device(*dbias, q);
+    const auto stride = [&](int i) { return dbias->size(i) == 1 ? 0 : dbias->stride(i); };
+    p.dbias_at = {stride(0), stride(1), stride(2)};
+    p.dbias_column = stride(3);
+    p.dbias = static_cast<float*>(dbias->data_ptr());
+  }
+  const DeviceGuard guard(q);
+  GENFAST_LAUNCH(attention_backward, p, q);
+}
+
+#if !defined(GENFAST_BACKEND_CPU)
+void attention_tangent_(const Tensor& to, const Tensor& tlse, const Tensor& q, const Tensor& k, const Tensor& v,
+                        const std::optional<Tensor>& bias, const std::optional<Tensor>& mask, bool causal, double scale, const Tensor& tq,
+                        const Tensor& tk, const Tensor& tv, const Tensor& o, const Tensor& lse) {
+  AttentionTangentParams p{};
+  const AttentionParams& f = p.forward = params_of(o, lse, q, k, v, bias, mask, causal, scale);
+  p.to_at = rows_of(to, "to", q, f.heads, f.n, f.d);
+  p.tq_at = rows_of(tq, "tq", q, f.heads, f.n, f.d);
+  p.tk_at = rows_of(tk, "tk", q, f.kv_heads, f.m, f.d);
+  p.tv_at = rows_of(tv, "tv", q, f.kv_heads, f.m, f.d);
+  for (const auto* t : {&to, &tq, &tk, &tv}) {
+    check(t->scalar_type() == q.scalar_type(), "to, tq, tk, tv: got another dtype than q's, supported: the same");
+  }
+  p.to = to.data_ptr();
+  p.tq = tq.data_ptr();
+  p.tk = tk.data_ptr();
+  p.tv = tv.data_ptr();
+  p.tlse = per_query(tlse, "tlse", f, q);
+  const DeviceGuard guard(q);
+  GENFAST_LAUNCH(attention_tangent, p, q);
+}
+#endif
 
 }  // namespace
 }  // namespace genfast
 
 GENFAST_LIBRARY_IMPL(m) {
   m.impl("attention_", TORCH_BOX(&genfast::attention_));
+  m.impl("attention_backward_", TORCH_BOX(&genfast::attention_backward_));
+#if !defined(GENFAST_BACKEND_CPU)
+  m.impl("attention_tangent_", TORCH_BOX(&genfast::attention_tangent_));
+#endif
 }

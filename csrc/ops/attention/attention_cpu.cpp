@@ -1,8 +1,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -13,19 +11,14 @@
 
 #include "../../core/cpu_isa.h"
 #include "attention_cpu.h"
+#include "attention_cpu_threads.h"
 
 namespace genfast {
 namespace {
 
-constexpr int64_t kGrainProducts = 1 << 18;  // below this many multiply-adds a thread costs more than it brings
-
-struct Free {
-  void operator()(char* p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-
 #if defined(__x86_64__)
 // Whether the processor multiplies tiles of bfloat16 and the system lets this process: Linux saves the tiles only of those that ask.
-bool has_tiles() {
+bool processor_has_tiles() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;  // amx-bf16, amx-tile
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;                     // avx512-bf16
@@ -40,20 +33,28 @@ bool has_tiles() {
 
 const AttentionKernels& pick(const AttentionParams& p) {
 #if defined(__x86_64__)
-  static const bool tiles = has_tiles();
-  if (tiles && cpu_isa() == kAvx512 && p.dtype == DType::BF16) return kAttentionAmx;
+  if (p.dtype == DType::BF16 && has_tiles()) return kAttentionAmx;
 #endif
   return GENFAST_PICK_ISA(kAttentionBaseline, kAttentionAvx2, kAttentionAvx512);
 }
 
 }  // namespace
 
+bool has_tiles() {
+#if defined(__x86_64__)
+  static const bool tiles = processor_has_tiles();
+  return tiles && cpu_isa() == kAvx512;
+#else
+  return false;
+#endif
+}
+
 void launch_attention_cpu(const AttentionParams& p) {
   const AttentionKernels& kernels = pick(p);
   const int64_t units = p.batch * p.heads * query_blocks(p, kernels.queries);
   const int64_t products = 2 * std::min<int64_t>(kernels.queries, p.n) * p.m * p.d;
-  torch::stable::parallel_for(0, units, std::max<int64_t>(1, kGrainProducts / products), [&](int64_t first, int64_t last) {
-    const std::unique_ptr<char[], Free> scratch(new (std::align_val_t{64}) char[kernels.scratch_bytes(p)]);
+  torch::stable::parallel_for(0, units, grain(products), [&](int64_t first, int64_t last) {
+    const Aligned scratch = aligned_bytes(kernels.scratch_bytes(p));
     kernels.run(p, first, last, scratch.get());
   });
 }

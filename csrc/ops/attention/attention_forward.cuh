@@ -1,7 +1,7 @@
 // The forward pass on tensor cores of sm_80 and newer (mma.sync, cp.async): softmax online over tiles of keys (Milakov and Gimelshein 2018;
 // Dao 2023). Each warp holds 16 or 32 query rows: their scores, weights and outputs never leave its registers.
 #pragma once
-#include "attention_tile.cuh"
+#include "attention_mma.cuh"
 
 namespace genfast {
 namespace {
@@ -14,14 +14,6 @@ struct ForwardTile {
 };
 
 enum class ForwardKind { kLong, kShortKeys, kFewQueries };
-
-// Widths of head the kernels are compiled for. A narrower head skips the tiles of 8 or 16 columns that it does not have.
-constexpr int kHeadWidths[] = {48, 64, 80, 128, 160, 256};
-constexpr int next_narrower(int width) {
-  int narrower = 0;
-  for (int w : kHeadWidths) narrower = w < width ? w : narrower;
-  return narrower;
-}
 
 // The tile table. Keys: K and V of one tile and Q fit in 99 KiB, what sm_86 gives a block. Rows: the outputs of a warp (row_tiles x width /
 // 2 registers a thread) leave room for its scores (row_tiles x keys / 2).
@@ -43,33 +35,23 @@ inline ForwardKind forward_kind(const AttentionParams& p) {
   return p.n <= 64 || long_tiles < 2 * gf_device::multiprocessors() ? ForwardKind::kFewQueries : ForwardKind::kLong;
 }
 
-// A row is 16 bytes longer than its elements: an odd number of 16-byte units, so that ldmatrix meets no bank twice.
-constexpr int pitch_of(int width) {
-  return width + 8;
-}
 constexpr int forward_shared_bytes(ForwardTile tile, int width) {
   return (tile.queries() + 2 * tile.keys) * pitch_of(width) * 2;
 }
 
-template <class S>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  return std::is_same_v<S, BFloat16> ? pack_bf16x2(low, high) : pack_f16x2(low, high);
-}
 template <class S, int kWidth, ForwardKind kKind>
 __global__ void __launch_bounds__(forward_tile(kKind, kWidth).threads(), forward_tile(kKind, kWidth).blocks)
     forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ AttentionAccess wide) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   constexpr ForwardTile kTile = forward_tile(kKind, kWidth);
-  constexpr int kPitch = pitch_of(kWidth), kSteps = kWidth / 16, kKeys = kTile.keys, kKeyTiles = kKeys / 8, kRowTiles = kTile.row_tiles;
+  constexpr int kPitch = pitch_of(kWidth), kColumnTiles = kWidth / 8, kKeys = kTile.keys, kKeyTiles = kKeys / 8,
+                kRowTiles = kTile.row_tiles;
   constexpr int kThreads = kTile.threads(), kQueries = kTile.queries();
   GF_DYNAMIC_SHARED(S, queries);
   S* const keys = queries + kQueries * kPitch;
   S* const values = keys + kKeys * kPitch;
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int d = static_cast<int>(p.d);
-  // Whether 16-column step s of the head, or its upper half, holds anything; certain where a narrower kernel could not have served.
-  const auto has_step = [&](int s) { return 16 * s < next_narrower(kWidth) || 16 * s < d; };
-  const auto has_half = [&](int s) { return 16 * s + 8 < next_narrower(kWidth) || 16 * s + 8 < d; };
 
   const QueryBlock at = query_block(p, kQueries);
   const int64_t end = visible_keys(p, at);
@@ -87,10 +69,9 @@ __global__ void __launch_bounds__(forward_tile(kKind, kWidth).threads(), forward
   }
 
   S* const my_queries = queries + warp * kRowTiles * 16 * kPitch;
-  // Where this lane points ldmatrix: a as (row, column), keys as b, values transposed as b.
-  const S* const from_queries = my_queries + lane % 16 * kPitch + lane / 16 * 8;
-  const S* const from_keys = keys + (lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 8;
-  const S* const from_values = values + lane % 16 * kPitch + lane / 16 * 8;
+  const S* const from_queries = lane_rows<kWidth>(my_queries, lane);
+  const S* const from_keys = lane_columns<kWidth>(keys, lane);
+  const S* const from_values = lane_rows<kWidth>(values, lane);
   // This lane's rows of the block: my_row() + 8 * half + 16 * row tile. Worked out where it is used: registers are dear.
   const auto my_row = [] {
     const int thread = opaque(static_cast<int>(threadIdx.x));
@@ -98,7 +79,7 @@ __global__ void __launch_bounds__(forward_tile(kKind, kWidth).threads(), forward
   };
   const float factor = p.scale * kLog2e;  // scores in powers of two
 
-  float out[kRowTiles][2 * kSteps][4] = {};
+  float out[kRowTiles][kColumnTiles][4] = {};
   float most[kRowTiles][2], sum[kRowTiles][2];
 #pragma unroll
   for (int r = 0; r < 2 * kRowTiles; ++r) {
@@ -114,23 +95,7 @@ __global__ void __launch_bounds__(forward_tile(kKind, kWidth).threads(), forward
     load_tile(values, v, p.v_at.row, tile);
 
     float score[kRowTiles][kKeyTiles][4] = {};
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      if (!has_step(s)) continue;
-      uint32_t a[kRowTiles][4];
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) load_matrices<false>(a[r], from_queries + r * 16 * kPitch + s * 16);
-#pragma unroll
-      for (int j = 0; j < kKeyTiles; j += 2) {
-        uint32_t b[4];
-        load_matrices<false>(b, from_keys + j * 8 * kPitch + s * 16);
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) {
-          mma_m16n8k16<S>(score[r][j], a[r], {b[0], b[1]});
-          mma_m16n8k16<S>(score[r][j + 1], a[r], {b[2], b[3]});
-        }
-      }
-    }
+    multiply<S, kWidth>(score, from_queries, from_keys, d);
     cp_async_wait_all();
     __syncthreads();  // the values are there; the keys' memory is free
     if (tile + 1 < tiles) load_tile(keys, k, p.k_at.row, tile + 1);
@@ -172,37 +137,15 @@ __global__ void __launch_bounds__(forward_tile(kKind, kWidth).threads(), forward
         }
         sum[r][half] = fmaf(sum[r][half], shrink, part);
 #pragma unroll
-        for (int j = 0; j < 2 * kSteps; ++j) {
+        for (int j = 0; j < kColumnTiles; ++j) {
           out[r][j][2 * half] *= shrink;
           out[r][j][2 * half + 1] *= shrink;
         }
       }
     }
-
-#pragma unroll
-    for (int i = 0; i < kKeys / 16; ++i) {
-      uint32_t a[kRowTiles][4];  // the accumulators of two neighbouring tiles of scores are the fragment of one of weights
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-        for (int u = 0; u < 4; ++u) a[r][u] = pack<S>(score[r][2 * i + u / 2][u % 2 * 2], score[r][2 * i + u / 2][u % 2 * 2 + 1]);
-      }
-#pragma unroll
-      for (int s = 0; s < kSteps; ++s) {
-        if (!has_step(s)) continue;
-        uint32_t b[4];
-        load_matrices<true>(b, from_values + i * 16 * kPitch + s * 16);
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) mma_m16n8k16<S>(out[r][2 * s], a[r], {b[0], b[1]});
-        if (!has_half(s)) continue;
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) mma_m16n8k16<S>(out[r][2 * s + 1], a[r], {b[2], b[3]});
-      }
-    }
+    accumulate<S, kWidth>(out, score, from_values, d);
   }
 
-  // Through this warp's own part of the queries' memory, so that rows are written whole.
-  __syncwarp();
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
@@ -212,32 +155,19 @@ __global__ void __launch_bounds__(forward_tile(kKind, kWidth).threads(), forward
       all += __shfl_xor_sync(~0u, all, 2);
       const float inverse = all == 0.0f ? 0.0f : 1.0f / all;
       const int row = my_row() + 16 * r + 8 * half;
-      if (t == 0 && row < at.rows) {
+      if (lane % 4 == 0 && row < at.rows) {
         p.lse[(at.batch * p.heads + at.head) * p.n + at.first + row] = all == 0.0f ? kMinusInfinity : fmaf(most[r][half], kLn2, logf(all));
       }
-      S* to = my_queries + (16 * r + 8 * half + g) * kPitch + 2 * t;
 #pragma unroll
-      for (int j = 0; j < 2 * kSteps; ++j) {
-        *reinterpret_cast<uint32_t*>(to + 8 * j) = pack<S>(out[r][j][2 * half] * inverse, out[r][j][2 * half + 1] * inverse);
+      for (int j = 0; j < kColumnTiles; ++j) {
+        out[r][j][2 * half] *= inverse;
+        out[r][j][2 * half + 1] *= inverse;
       }
     }
   }
-  __syncwarp();
-  constexpr int kChunks = kWidth / 8;
-  S* o = row_at(static_cast<S*>(p.o), p.o_at, at.batch, at.head, at.first + warp * kRowTiles * 16);
-  const int rows = at.rows - warp * kRowTiles * 16;
-#pragma unroll 4
-  for (int i = lane; i < kRowTiles * 16 * kChunks; i += 32) {
-    const int row = i / kChunks, column = i % kChunks * 8;
-    if (row >= rows || column >= d) continue;
-    const S* from = my_queries + row * kPitch + column;
-    S* to = o + row * p.o_at.row + column;
-    if (wide.rows) {
-      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-    } else {
-      for (int e = 0; e < 8 && column + e < d; ++e) to[e] = from[e];
-    }
-  }
+  const int before = warp * kRowTiles * 16;
+  S* o = row_at(static_cast<S*>(p.o), p.o_at, at.batch, at.head, at.first + before);
+  store_rows<S, kWidth>(out, my_queries, o, p.o_at.row, at.rows - before, d, wide.rows);
 #endif
 }
 

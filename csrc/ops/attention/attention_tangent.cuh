@@ -18,27 +18,27 @@ constexpr int tangent_shared_bytes(int width) {
 }
 
 struct TangentAccess {
-  AttentionAccess primal;
+  AttentionAccess forward;
   bool rows;  // 16 bytes of the tangents too
 };
 
 inline TangentAccess access_of(const AttentionTangentParams& p) {
-  const int64_t n = 16 / size_of(p.primal.dtype);
+  const int64_t n = 16 / size_of(p.forward.dtype);
   const auto wide = [n](const void* data, const AttentionRows& at) {
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && multiples_of(at, n);
   };
-  const AttentionAccess primal = access_of(p.primal);
-  return {primal, primal.rows && wide(p.tq, p.tq_at) && wide(p.tk, p.tk_at) && wide(p.tv, p.tv_at) && wide(p.to, p.to_at)};
+  const AttentionAccess forward = access_of(p.forward);
+  return {forward, forward.rows && wide(p.tq, p.tq_at) && wide(p.tk, p.tk_at) && wide(p.tv, p.tv_at) && wide(p.to, p.to_at)};
 }
 
 template <class S, int kWidth>
 __global__ void __launch_bounds__(kTangentThreads, 2)
     tangent_kernel(const __grid_constant__ AttentionTangentParams all, const __grid_constant__ TangentAccess wide) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-  const AttentionParams& p = all.primal;
+  const AttentionParams& p = all.forward;
   constexpr int kPitch = pitch_of(kWidth), kSteps = kWidth / 16, kKeys = tangent_keys(kWidth), kKeyTiles = kKeys / 8;
   constexpr int kTile = kKeys * kPitch, kQueryTile = kTangentQueries * kPitch;
-  GF_DYNAMIC_SHARED(S, queries);  // q, tq
+  GF_DYNAMIC_SHARED(S, queries);             // q, tq
   S* const keys = queries + 2 * kQueryTile;  // k, tk
   S* const values = keys + 2 * kTile;        // v, tv
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kTangentThreads, 2)
         float &x = weight[j][2 * half], &y = weight[j][2 * half + 1];
         x *= factor;
         y *= factor;
-        finish_scores<S>(p, wide.primal, terms, 8 * j + 2 * t, x, y);
+        finish_scores<S>(p, wide.forward, terms, 8 * j + 2 * t, x, y);
         x = exp2_fast(x - shift[half]);
         y = exp2_fast(y - shift[half]);
         float &dx = slope[j][2 * half], &dy = slope[j][2 * half + 1];
@@ -194,10 +194,10 @@ template <class S, int kIndex = 0>
 void launch_tangent(const AttentionTangentParams& p, void* stream) {
   constexpr int kWidth = kHeadWidths[kIndex], kBytes = tangent_shared_bytes(kWidth);
   if constexpr (kIndex + 1 < sizeof kHeadWidths / sizeof kHeadWidths[0]) {
-    if (p.primal.d > kWidth) return launch_tangent<S, kIndex + 1>(p, stream);
+    if (p.forward.d > kWidth) return launch_tangent<S, kIndex + 1>(p, stream);
   }
   if (kBytes > 48 * 1024) GF_ALLOW_SHARED((tangent_kernel<S, kWidth>), kBytes);
-  GF_LAUNCH((tangent_kernel<S, kWidth>), query_grid(p.primal, kTangentQueries), kTangentThreads, kBytes, stream, p, access_of(p));
+  GF_LAUNCH((tangent_kernel<S, kWidth>), query_grid(p.forward, kTangentQueries), kTangentThreads, kBytes, stream, p, access_of(p));
 }
 
 }  // namespace

@@ -27,9 +27,22 @@ struct AttentionParams {
   DType bias_dtype;
 };
 
-// Of attention_tangent_: `primal` with its o and lse given; the tangents of q, k, v come in, those of o and lse go out. Shapes of the primals.
+struct AttentionBackwardParams {
+  AttentionParams forward;  // with the o and the lse that it gave, which are read
+  const void* grad_o;       // (batch, heads, n, d)
+  const float* grad_lse;    // (batch, heads, n), dense, or nullptr
+  void* dq;                 // (batch, heads, n, d)
+  void* dk;                 // (batch, kv_heads, m, d)
+  void* dv;                 // (batch, kv_heads, m, d)
+  float* dbias;             // the bias's own shape, dense: each dimension whole, or 1 and summed over; or nullptr
+  float* delta;             // (batch, heads, n), dense, to work in: sum(grad_o o) - grad_lse
+  AttentionRows grad_o_at, dq_at, dk_at, dv_at, dbias_at;
+  int64_t dbias_column;  // stride of dbias along the keys: 1, or 0 where they are summed over
+};
+
+// Of attention_tangent_: the tangents of q, k, v come in, those of o and lse go out, in the shapes of what they belong to.
 struct AttentionTangentParams {
-  AttentionParams primal;
+  AttentionParams forward;  // with the o and the lse that it gave, which are read
   const void *tq, *tk, *tv;
   void* to;
   float* tlse;

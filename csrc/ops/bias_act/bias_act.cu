@@ -30,16 +30,6 @@ __device__ __forceinline__ void apply(const BiasActParams& p, const Curve<Wide<S
   store(static_cast<S*>(p.out) + offset, span, narrow<S>(v));
 }
 
-template <int N, bool kVector>
-__device__ __forceinline__ Span<N, kVector> span_at(int64_t begin, int64_t end) {
-  Span<N, kVector> span;
-  span.element = begin;
-  span.count = end - begin < N ? static_cast<int>(end - begin) : N;
-#pragma unroll
-  for (int i = 0; i < (kVector ? 1 : N); ++i) span.at[i] = begin + i;
-  return span;
-}
-
 template <class S, bool kVector>
 __global__ void __launch_bounds__(256) long_rows_kernel(const __grid_constant__ BiasActParams p) {
   using T = Wide<S>;

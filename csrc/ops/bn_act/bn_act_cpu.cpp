@@ -18,44 +18,70 @@ constexpr int64_t kGrainElements = 32768;  // below this many elements a thread 
 template <class T>
 void run(const BnActParams& p, int64_t element_size) {
   const BnActKernels& kernels = GENFAST_PICK_ISA(kBnActBaseline, kBnActAvx2, kBnActAvx512);
-  const int64_t period = p.channels * p.inner, total = p.outer * period;
+  const int64_t period = p.channels * p.inner, per_sample = p.outer * period, places = p.samples * p.channels;
   const bool is_short = p.inner < kBnShortRow;
-  BnActTask t{p, p.coef, nullptr, 0, ceil_div(p.inner, kBnChunk), std::lcm(period, int64_t{16}), 0};
+  BnActTask t{p, p.coef, nullptr, 0, ceil_div(p.inner, kBnChunk), 0, 0, 0};
+  t.repeat = p.outer == 1 ? ceil_div(period, 16) * 16 : std::lcm(period, int64_t{16});
   t.block = t.repeat * std::max<int64_t>(1, kBnBlock / t.repeat);
-  t.units = is_short ? ceil_div(total, t.block) : p.outer * p.channels * t.chunks;
+  t.blocks = ceil_div(per_sample, t.block);
+  t.units = is_short ? p.samples * t.blocks : p.samples * p.outer * p.channels * t.chunks;
 
+  std::vector<T> origin;
+  if (p.pass == BnPass::Moments) {
+    origin.resize(static_cast<size_t>(places));
+    for (int64_t i = 0; i < places; ++i) origin[i] = static_cast<T>(origin_of(p, i / p.channels, i % p.channels));
+    t.coef = origin.data();
+  }
   std::vector<T> coef;
   if (is_short) {
-    coef.resize(static_cast<size_t>(kBnCoefficients * t.repeat));
-    for (int64_t k = 0; k < kBnCoefficients; ++k) {
-      for (int64_t i = 0; i < t.repeat; ++i) {
-        coef[k * t.repeat + i] = static_cast<const T*>(p.coef)[k * p.channels + i % period / p.inner];
+    const int64_t rows = p.pass == BnPass::Moments ? 1 : kBnCoefficients;
+    coef.resize(static_cast<size_t>(p.samples * kBnCoefficients * t.repeat));
+    for (int64_t s = 0; s < p.samples; ++s) {
+      for (int64_t k = 0; k < rows; ++k) {
+        const T* from = static_cast<const T*>(t.coef) + k * places + s * p.channels;
+        T* to = coef.data() + (s * kBnCoefficients + k) * t.repeat;
+        for (int64_t i = 0; i < t.repeat; ++i) to[i] = from[i % period / p.inner];
       }
     }
     t.coef = coef.data();
   }
-  // As (2, groups, channels, width).
-  const int64_t groups = is_short ? t.units * (t.repeat / period) : p.outer, width = is_short ? p.inner : t.chunks;
-  std::unique_ptr<T[]> partial;
+  std::unique_ptr<T[]> partial;  // (2, samples, blocks, repeat) or (2, samples, outer, channels, chunks)
   if (p.sums) {
-    partial.reset(new T[static_cast<size_t>(2 * groups * p.channels * width)]);
+    partial.reset(new T[static_cast<size_t>(2 * t.units * (is_short ? t.repeat : 1))]);
     t.partial = partial.get();
-  } else {
-    want_huge_pages(p.out, total * element_size);
   }
+  if (p.out) want_huge_pages(p.out, p.samples * per_sample * element_size);
 
-  const int64_t grain = std::max<int64_t>(1, kGrainElements * t.units / total);
+  const int64_t grain = std::max<int64_t>(1, kGrainElements * t.units / (p.samples * per_sample));
   torch::stable::parallel_for(0, t.units, grain, [&](int64_t first, int64_t last) { kernels.rows(t, is_short, first, last); });
   if (!p.sums) return;
 
-  std::fill_n(p.sums, 2 * p.channels, 0.0);
+  std::fill_n(p.sums, 2 * places, 0.0);
   const T* next = partial.get();
   for (int64_t k = 0; k < 2; ++k) {
-    for (int64_t g = 0; g < groups; ++g) {
-      for (int64_t c = 0; c < p.channels; ++c) {
-        for (int64_t w = 0; w < width; ++w) p.sums[k * p.channels + c] += *next++;
+    for (int64_t s = 0; s < p.samples; ++s) {
+      double* sums = p.sums + k * places + s * p.channels;
+      for (int64_t group = 0; group < (is_short ? t.blocks : p.outer); ++group) {
+        if (is_short) {
+          for (int64_t i = 0; i < t.repeat; i += period) {  // the last period may end beyond the place of the last element
+            for (int64_t c = 0; c < p.channels; ++c) {
+              for (int64_t j = 0; j < p.inner && i + c * p.inner + j < t.repeat; ++j) sums[c] += *next++;
+            }
+          }
+        } else {
+          for (int64_t c = 0; c < p.channels; ++c) {
+            for (int64_t chunk = 0; chunk < t.chunks; ++chunk) sums[c] += *next++;
+          }
+        }
       }
     }
+  }
+  if (p.pass != BnPass::Moments) return;
+  for (int64_t i = 0; i < places; ++i) {
+    double sum[2] = {p.sums[i], p.sums[places + i]};
+    moments_of(sum, origin[i], static_cast<double>(p.outer * p.inner));
+    p.sums[i] = sum[0];
+    p.sums[places + i] = sum[1];
   }
 }
 
@@ -69,6 +95,13 @@ void launch_bn_act_cpu(const BnActParams& p) {
       return run<float>(p, 4);
     default:
       return run<float>(p, 2);
+  }
+}
+
+void launch_bn_coefficients_cpu(const BnCoefficientsParams& p) {
+  for (int64_t i = 0; i < p.samples * p.channels; ++i) {
+    p.dtype == DType::F64 ? bn_coefficients_at<double>(p, i / p.channels, i % p.channels)
+                          : bn_coefficients_at<float>(p, i / p.channels, i % p.channels);
   }
 }
 

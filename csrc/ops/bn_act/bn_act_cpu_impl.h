@@ -16,8 +16,14 @@ struct BnSums {
 };
 template <class S>
 struct BnPointers {
-  const S *x, *dy;
+  const S *x, *dy, *residual;
   S* out;
+  explicit BnPointers(const BnActParams& p, int64_t offset)
+      : x(static_cast<const S*>(p.x) + offset),
+        dy(p.dy ? static_cast<const S*>(p.dy) + offset : nullptr),
+        residual(p.residual ? static_cast<const S*>(p.residual) + offset : nullptr),
+        out(p.out ? static_cast<S*>(p.out) + offset : nullptr) {}
+  BnPointers(const S* x_, const S* dy_, const S* residual_, S* out_) : x(x_), dy(dy_), residual(residual_), out(out_) {}
 };
 
 // The vector at element i.
@@ -25,13 +31,17 @@ template <class T, BnPass kPass, class S>
 GF_INLINE BnSums<T> bn_vector(const Curve<T>& curve, const BnCoefficients<T>& c, const BnPointers<S>& at, int64_t i) {
   const Vec<T> v = load<T>(at.x + i) - c.at[kCenter];
   if constexpr (kPass == BnPass::Moments) return {v, v * v};
-  const Vec<T> u = fma(c.at[kScale], v, c.at[kShift]);
+  Vec<T> u = fma(c.at[kScale], v, c.at[kShift]);
+  if (at.residual) u += load<T>(at.residual + i);
   if constexpr (kPass == BnPass::Apply) {
     store(at.out + i, curve_of<T>(curve, u));
     return {};
   }
   const Vec<T> g = times_slope(load<T>(at.dy + i), curve_of<T>(curve, u));
-  if constexpr (kPass == BnPass::Sums) return {g, g * v};
+  if constexpr (kPass == BnPass::Sums) {
+    if (at.out) store(at.out + i, g);
+    return {g, g * v};
+  }
   if constexpr (kPass == BnPass::Backward) store(at.out + i, fma(c.at[kP], g, fma(c.at[kQ], v, c.at[kR])));
   return {};
 }
@@ -40,20 +50,21 @@ GF_INLINE BnSums<T> bn_vector(const Curve<T>& curve, const BnCoefficients<T>& c,
 template <class T, BnPass kPass, class S>
 __attribute__((noinline)) BnSums<T> bn_tail(const Curve<T>& curve, const BnCoefficients<T>& c, const BnPointers<S>& at, int64_t i,
                                             int64_t n) {
-  S x[kCount<T>]{}, dy[kCount<T>]{}, out[kCount<T>];
+  S x[kCount<T>]{}, dy[kCount<T>]{}, residual[kCount<T>]{}, out[kCount<T>];
   const size_t bytes = static_cast<size_t>(n) * sizeof(S);
   __builtin_memcpy(x, at.x + i, bytes);
   if (at.dy) __builtin_memcpy(dy, at.dy + i, bytes);
-  BnSums<T> s = bn_vector<T, kPass, S>(curve, c, {x, dy, out}, 0);
-  if (kPass == BnPass::Apply || kPass == BnPass::Backward) __builtin_memcpy(at.out + i, out, bytes);
+  if (at.residual) __builtin_memcpy(residual, at.residual + i, bytes);
+  const BnPointers<S> padded{x, dy, at.residual ? residual : nullptr, at.out ? out : nullptr};
+  BnSums<T> s = bn_vector<T, kPass, S>(curve, c, padded, 0);
+  if (at.out) __builtin_memcpy(at.out + i, out, bytes);
   for (int64_t k = n; k < kCount<T>; ++k) s.a[k] = s.b[k] = T(0);
   return s;
 }
 
 template <class T>
 Curve<T> bn_curve(const BnActParams& p) {
-  const int order = p.pass == BnPass::Apply ? 0 : 1;
-  return {p.curve.act, order, false, static_cast<T>(p.curve.alpha), T(1), T(0)};
+  return {p.curve.act, p.curve.order, false, static_cast<T>(p.curve.alpha), static_cast<T>(p.curve.gain), T(0)};
 }
 
 template <class T, BnPass kPass, class S>
@@ -64,10 +75,12 @@ void long_rows_of(const BnActTask& t, int64_t first, int64_t last) {
   for (int64_t unit = first; unit < last; ++unit) {
     const int64_t row = unit / t.chunks, begin = unit % t.chunks * kBnChunk;
     const int64_t n = p.inner - begin < kBnChunk ? p.inner - begin : kBnChunk, offset = row * p.inner + begin;
-    const BnPointers<S> at{static_cast<const S*>(p.x) + offset, p.dy ? static_cast<const S*>(p.dy) + offset : nullptr,
-                           p.out ? static_cast<S*>(p.out) + offset : nullptr};
+    const BnPointers<S> at(p, offset);
+    const int64_t places = p.samples * p.channels, place = row / (p.outer * p.channels) * p.channels + row % p.channels;
     BnCoefficients<T> c;
-    for (int k = 0; k < kBnCoefficients; ++k) c.at[k] = splat(static_cast<const T*>(t.coef)[k * p.channels + row % p.channels]);
+    for (int k = 0; k < (kPass == BnPass::Moments ? 1 : kBnCoefficients); ++k) {
+      c.at[k] = splat(static_cast<const T*>(t.coef)[k * places + place]);
+    }
     BnSums<T> sum[kUnrolled];
     const auto add = [](BnSums<T>& to, const BnSums<T>& more) __attribute__((always_inline)) {
       to.a += more.a;
@@ -89,46 +102,50 @@ void long_rows_of(const BnActTask& t, int64_t first, int64_t last) {
   }
 }
 
+// A block is walked in the order of its memory, a few rows abreast: coefficients and sums of a place are then loaded once for all of them.
 template <class T, BnPass kPass, class S>
 void short_rows_of(const BnActTask& t, int64_t first, int64_t last) {
-  constexpr int kWidth = kCount<T>;
+  constexpr int kWidth = kCount<T>, kAbreast = 4;
+  constexpr bool kSums = kPass == BnPass::Moments || kPass == BnPass::Sums;
   const BnActParams& p = t.p;
   const Curve<T> curve = bn_curve<T>(p);
-  const BnPointers<S> at{static_cast<const S*>(p.x), static_cast<const S*>(p.dy), static_cast<S*>(p.out)};
   const int64_t total = p.outer * p.channels * p.inner;
-  const T* coef = static_cast<const T*>(t.coef);
   for (int64_t unit = first; unit < last; ++unit) {
-    const int64_t begin = unit * t.block, end = total - begin < t.block ? total : begin + t.block;
+    const int64_t sample = unit / t.blocks, begin = unit % t.blocks * t.block;
+    const int64_t end = total - begin < t.block ? total : begin + t.block;
+    const BnPointers<S> at(p, sample * total);
+    const T* coef = static_cast<const T*>(t.coef) + sample * kBnCoefficients * t.repeat;
     T* sums[2]{};
-    for (int k = 0; k < 2 && t.partial; ++k) {
+    for (int k = 0; k < 2 && kSums; ++k) {
       sums[k] = static_cast<T*>(t.partial) + (k * t.units + unit) * t.repeat;
       __builtin_memset(sums[k], 0, static_cast<size_t>(t.repeat) * sizeof(T));
     }
-    // Coefficients of a few columns stay in registers down the block, which stays in L1.
-    const auto columns = [&]<int n>(int64_t i) __attribute__((always_inline)) {
-      BnCoefficients<T> c[n];
-      BnSums<T> sum[n];
-      unroll<n>([&]<int k>() __attribute__((always_inline)) {
-        for (int j = 0; j < kBnCoefficients; ++j) c[k].at[j] = load<T>(coef + j * t.repeat + i + k * kWidth);
+    // Place i of `rows` rows from element `row` on, of the last of which `left` elements are there.
+    const auto place = [&]<int rows>(int64_t row, int64_t i, int64_t left) __attribute__((always_inline)) {
+      BnCoefficients<T> c;
+      for (int j = 0; j < (kPass == BnPass::Moments ? 1 : kBnCoefficients); ++j) c.at[j] = load<T>(coef + j * t.repeat + i);
+      BnSums<T> sum[rows];
+      unroll<rows>([&]<int k>() __attribute__((always_inline)) {
+        const int64_t e = row + k * t.repeat + i;
+        sum[k] = rows == 1 && left < kWidth ? bn_tail<T, kPass>(curve, c, at, e, left) : bn_vector<T, kPass>(curve, c, at, e);
       });
-      for (int64_t row = begin + i; row < end; row += t.repeat) {
-        unroll<n>([&]<int k>() __attribute__((always_inline)) {
-          const int64_t e = row + k * kWidth;
-          if (e >= end) return;
-          const BnSums<T> s = end - e < kWidth ? bn_tail<T, kPass>(curve, c[k], at, e, end - e) : bn_vector<T, kPass>(curve, c[k], at, e);
-          sum[k].a += s.a;
-          sum[k].b += s.b;
-        });
+      if constexpr (kSums) {
+        Vec<T> a = sum[0].a, b = sum[0].b;
+        if constexpr (rows == 4) {
+          a = (a + sum[1].a) + (sum[2].a + sum[3].a);
+          b = (b + sum[1].b) + (sum[2].b + sum[3].b);
+        }
+        store(sums[0] + i, load<T>(sums[0] + i) + a);
+        store(sums[1] + i, load<T>(sums[1] + i) + b);
       }
-      unroll<n>([&]<int k>() __attribute__((always_inline)) {
-        if (!t.partial) return;
-        store(sums[0] + i + k * kWidth, sum[k].a);
-        store(sums[1] + i + k * kWidth, sum[k].b);
-      });
     };
-    int64_t i = 0;
-    for (; i + 2 * kWidth <= t.repeat; i += 2 * kWidth) columns.template operator()<2>(i);
-    for (; i < t.repeat; i += kWidth) columns.template operator()<1>(i);
+    int64_t row = begin;
+    for (; row + kAbreast * t.repeat <= end; row += kAbreast * t.repeat) {
+      for (int64_t i = 0; i < t.repeat; i += kWidth) place.template operator()<kAbreast>(row, i, kWidth);
+    }
+    for (; row < end; row += t.repeat) {
+      for (int64_t i = 0; i < t.repeat && row + i < end; i += kWidth) place.template operator()<1>(row, i, end - row - i);
+    }
   }
 }
 

@@ -1,72 +1,160 @@
-// What one pass of bn_act needs. docs/gan-ops.md is the specification. Torch-free.
+// What one pass of bn_act needs, and its coefficients. docs/gan-ops.md is the specification. Torch-free.
 #pragma once
 #include <cstdint>
 
 #include "../../core/activation.h"
 #include "../../core/dtype.h"
+#include "../../core/exact_math.h"
 
 namespace genfast {
 
-// With v = x - center, u = scale * v + shift and g = dy * act'(u), all coefficients of the element's channel:
+// With v = x - center, u = scale * v + shift + residual and g = dy * gain * act'(u), all coefficients of the element's channel:
 enum class BnPass : int32_t {
-  Moments = 0,   // sums: v, v^2
-  Apply = 1,     // out = act(u)
-  Sums = 2,      // sums: g, g v
+  Moments = 0,   // sums = mean and biased variance; the kernels sum v and v^2 around the channel's first element
+  Apply = 1,     // out = gain * act(u)
+  Sums = 2,      // sums = those of g and g v; out = g, where there is an out
   Backward = 3,  // out = p g + q v + r
 };
 enum BnCoefficient : int { kCenter = 0, kScale = 1, kShift = 2, kP = 3, kQ = 4, kR = 5 };
 constexpr int kBnCoefficients = 6;
 
+// Memory is (samples, outer, channels, inner); every channel of every sample has coefficients and sums of its own.
 struct BnActParams {
-  void* out;         // (outer, channels, inner), or nullptr in the passes that sum
-  const void* x;     // (outer, channels, inner), dense
-  const void* dy;    // likewise, or nullptr in the passes that do not need it
-  const void* coef;  // (kBnCoefficients, channels) float, or double for F64
-  double* sums;      // (2, channels), or nullptr
-  double* partial;   // CUDA: partial_doubles() of workspace, or nullptr
-  int64_t outer, channels, inner;
-  Curve<double> curve;  // order 0; gain 1, no clamp
+  void* out;             // (samples, outer, channels, inner), or nullptr
+  const void* x;         // likewise, dense
+  const void* dy;        // likewise, or nullptr in the passes that do not need it
+  const void* residual;  // likewise, or nullptr
+  const void* coef;      // (kBnCoefficients, samples, channels) float, or double for F64; nullptr for Moments
+  double* sums;          // (2, samples, channels), or nullptr
+  double* partial;       // CUDA: partial_doubles() of workspace, or nullptr
+  int64_t samples, outer, channels, inner;
+  Curve<double> curve;  // order 0 for Apply, else 1; no clamp
   BnPass pass;
   DType dtype;
 };
+
+// Element i of an array of any type.
+GF_HD double value_at(const void* data, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::F64:
+      return static_cast<const double*>(data)[i];
+    case DType::F32:
+      return static_cast<const float*>(data)[i];
+    case DType::BF16:
+      return widen_bf16(static_cast<const BFloat16*>(data)[i]);
+    default:
+      return widen_f16(static_cast<const Float16*>(data)[i]);
+  }
+}
+
+// The element around which the moments of channel `channel` of sample `sample` are summed.
+GF_HD double origin_of(const BnActParams& p, int64_t sample, int64_t channel) {
+  return value_at(p.x, p.dtype, sample * p.outer * p.channels * p.inner + channel * p.inner);
+}
+
+// What the sums of v and v^2 over n elements around `origin` say: mean and variance.
+GF_HD void moments_of(double (&sum)[2], double origin, double n) {
+  const double mean = sum[0] / n, variance = sum[1] / n - mean * mean;
+  sum[0] = origin + mean;
+  sum[1] = variance > 0.0 ? variance : variance <= 0.0 ? 0.0 : variance;  // a NaN stays
+}
+
+// ---- coefficients ------------------------------------------------------------------------------------------------------------
+
+// From moments (and for a derivative sums) of channels to the coefficients of a pass. A group is `channels / groups` neighbouring channels
+// of a sample, all normalised by one mean and variance; batch normalisation has one channel a group.
+struct BnCoefficientsParams {
+  void* coef;             // (kBnCoefficients, samples, channels) float or double
+  double* gradients;      // (2, samples, channels): of bias and weight, by sample; or nullptr
+  const double* moments;  // (2, samples, channels): mean, variance
+  const double* sums;     // (2, samples, channels) of pass Sums, or nullptr
+  const double* means;    // (2, samples, channels): sums by the elements that share a mean; nullptr where mean and variance are given
+  const void* weight;     // (channels,), or nullptr
+  const void* bias;       // (channels,), or nullptr
+  int64_t samples, channels, groups;
+  double eps;
+  DType dtype, weight_dtype, bias_dtype;  // of coef: F32 or F64
+};
+
+template <class T>
+GF_HD void bn_coefficients_at(const BnCoefficientsParams& p, int64_t sample, int64_t channel) {
+  const int64_t size = p.samples * p.channels, members = p.channels / p.groups, at = sample * p.channels + channel;
+  const int64_t first = at - channel % members;
+  double mean = 0.0, variance = 0.0;
+  for (int64_t j = first; j < first + members; ++j) mean += p.moments[j];
+  mean /= static_cast<double>(members);
+  for (int64_t j = first; j < first + members; ++j) {
+    const double apart = p.moments[j] - mean;
+    variance += p.moments[size + j] + apart * apart;
+  }
+  const double inverse = 1.0 / sqrt_rn(variance / static_cast<double>(members) + p.eps);
+  const double gamma = p.weight ? value_at(p.weight, p.weight_dtype, channel) : 1.0;
+  double row[kBnCoefficients] = {mean, gamma * inverse, p.bias ? value_at(p.bias, p.bias_dtype, channel) : 0.0, gamma * inverse, 0.0, 0.0};
+  if (p.means) {
+    double shared[2] = {0.0, 0.0};  // the group's means of weight * g and weight * g * v
+    for (int64_t j = first; j < first + members; ++j) {
+      const double w = p.weight ? value_at(p.weight, p.weight_dtype, j - sample * p.channels) : 1.0;
+      shared[0] += w * p.means[j];
+      shared[1] += w * p.means[size + j];
+    }
+    row[kQ] = -inverse * inverse * inverse * shared[1];
+    row[kR] = -inverse * shared[0];
+  }
+  for (int k = 0; k < kBnCoefficients; ++k) static_cast<T*>(p.coef)[k * size + at] = static_cast<T>(row[k]);
+  if (p.gradients) {
+    p.gradients[at] = p.sums[at];
+    p.gradients[size + at] = p.sums[size + at] * inverse;
+  }
+}
+
+// ---- plans -------------------------------------------------------------------------------------------------------------------
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// CPU. A long row (outer, channel) is cut into chunks of this many elements. Short rows are not looked at one by one: the tensor is then
-// a run of periods, channels * inner elements each, over which the coefficients repeat.
+// CPU. A long row (sample, outer, channel) is cut into chunks of this many elements. Short rows are not looked at one by one: a sample is
+// then a run of periods, channels * inner elements each, over which the coefficients repeat.
 constexpr int64_t kBnChunk = 16384;
 constexpr int64_t kBnShortRow = 16;
-constexpr int64_t kBnBlock = 4096;  // about so many elements of short rows are one unit
+constexpr int64_t kBnBlock = 32768;  // about so many elements of short rows are one unit
 
-// CUDA. A block takes a chunk of a long row. Otherwise a thread takes a few columns of the (outer, channels * inner) matrix and goes down
-// so many rows that about kBnThreads threads run.
+// CUDA. A block takes a chunk of a long row. Otherwise a thread takes a few columns of a sample's (outer, channels * inner) matrix and goes
+// down so many rows that about kBnThreads threads run.
 constexpr int64_t kBnCudaChunk = 8192;
 constexpr int64_t kBnCudaLongRow = 1024;
 constexpr int64_t kBnThreads = int64_t{1} << 18;
 
+// Elements of so many bytes that a thread takes at once: 16 bytes, or two where these are not aligned or not whole.
+template <int kBytes, bool kVector>
+constexpr int kBnWidth = kVector ? 16 / kBytes : 2;
+
 struct BnActPlan {
-  bool long_rows;
-  int64_t threads_x, threads_y, grid_x, grid_y;
-  int64_t groups, width;  // the partial sums are (2, groups, channels, width)
+  bool long_rows, vector;
+  int64_t threads_x, threads_y, grid_x, grid_y, grid_z;
+  int64_t groups, width;  // the partial sums are (2, samples, groups, channels, width)
 };
-constexpr BnActPlan plan_of(const BnActParams& p) {
-  const int64_t n = p.dtype == DType::BF16 || p.dtype == DType::F16 ? 8 : 4;
-  if (p.inner >= kBnCudaLongRow) {
-    const int64_t chunks = ceil_div(p.inner, kBnCudaChunk), rows = p.outer * p.channels;
-    return {true, 256, 1, chunks, rows < 32768 ? rows : 32768, p.outer, chunks};
+GF_HD BnActPlan plan_of(const BnActParams& p) {
+  const bool long_rows = p.inner >= kBnCudaLongRow;
+  int64_t n = p.dtype == DType::F64 ? kBnWidth<8, true> : p.dtype == DType::F32 ? kBnWidth<4, true> : kBnWidth<2, true>;
+  const auto places = reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.out) | reinterpret_cast<uintptr_t>(p.dy) |
+                      reinterpret_cast<uintptr_t>(p.residual);
+  const bool vector = places % 16 == 0 && (long_rows ? p.inner : p.channels * p.inner) % n == 0;
+  if (!vector) n = kBnWidth<1, false>;
+  if (long_rows) {
+    const int64_t chunks = ceil_div(p.inner, kBnCudaChunk), rows = p.samples * p.outer * p.channels;
+    return {true, vector, 256, 1, chunks, rows < 32768 ? rows : 32768, 1, p.outer, chunks};
   }
   const int64_t columns = ceil_div(p.channels * p.inner, n);
-  const int64_t x = columns < 256 ? columns : 256, y = 256 / x, wide = ceil_div(columns, x);
-  const int64_t down = ceil_div(columns * p.outer, kBnThreads);
+  const int64_t x = columns < 256 ? columns : 256, most = 256 / x, y = p.outer < most ? p.outer : most, wide = ceil_div(columns, x);
+  const int64_t down = ceil_div(columns * p.outer * p.samples, kBnThreads);
   int64_t high = ceil_div(p.outer, y * down);
   high = high < 32768 ? high : 32768;
-  return {false, x, y, wide, high, high * y, p.inner};
+  return {false, vector, x, y, wide, high, p.samples < 32768 ? p.samples : 32768, high * y, p.inner};
 }
-constexpr int64_t partial_doubles(const BnActParams& p) {
+GF_HD int64_t partial_doubles(const BnActParams& p) {
   const BnActPlan plan = plan_of(p);
-  return 2 * plan.groups * p.channels * plan.width;
+  return 2 * p.samples * plan.groups * p.channels * plan.width;
 }
 
 }  // namespace genfast

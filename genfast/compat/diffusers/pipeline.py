@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from .attention import accelerate_attention, restore_attention
 from .scheduler import FusedScheduler
 
 _ORIGINAL = "_genfast_original"  # where an accelerated pipeline keeps what `restore` puts back
@@ -22,7 +23,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{name}: {what}" for name, what in self.swapped.items()] + [f"{name}: left, {why}" for name, why in self.left.items()]
-        return "\n".join(lines) or "no scheduler found"
+        return "\n".join(lines) or "no scheduler and no attention found"
 
 
 def _components(pipe: Any) -> dict[str, Any]:
@@ -32,8 +33,11 @@ def _components(pipe: Any) -> dict[str, Any]:
     return components
 
 
-def accelerate(pipe: Any, seeds: Sequence[int] | Tensor | None = None) -> Report:
-    """Give every stock scheduler of a diffusers pipeline its fused class, in place; its guidance arithmetic and all else stay.
+def accelerate(pipe: Any, seeds: Sequence[int] | Tensor | None = None, attention: bool = True) -> Report:
+    """Give every stock scheduler of a diffusers pipeline its fused class, in place, and its networks genfast's attention.
+
+    With ``attention`` the attention modules of the networks (UNet, transformer, VAE) keep their processors, which then get
+    `genfast.compat.sdpa.scaled_dot_product_attention` for torch's. The pipeline's guidance arithmetic and all else stay.
 
     ``seeds``, one integer per sample of the batch, makes the noise of the steps genfast's own (docs/noise.md); None leaves it to the
     pipeline's generator. `restore` undoes it. Calling it again changes the seeds alone. Returns what was swapped and what was left.
@@ -59,11 +63,15 @@ def accelerate(pipe: Any, seeds: Sequence[int] | Tensor | None = None) -> Report
             originals[name] = component
             setattr(pipe, name, scheduler)
             swapped[name] = f"{type(component).__name__}, fused"
+        elif attention and isinstance(component, nn.Module):
+            done, not_done = accelerate_attention(component)
+            swapped |= {name: done} if done else {}
+            left |= {name: not_done} if not_done else {}
     return Report(swapped, left)
 
 
 def restore(pipe: Any) -> None:
-    """Undo `accelerate`: every fused scheduler of ``pipe`` makes room for the stock object that it replaced.
+    """Undo `accelerate`: every fused scheduler of ``pipe`` makes room for the stock object that it replaced, and attention is torch's.
 
     One that came from elsewhere (another pipeline's components, the user's own) becomes a stock one of the same configuration; a scheduler
     that is not fused stays. Raises TypeError for an object without components.
@@ -76,3 +84,5 @@ def restore(pipe: Any) -> None:
             if original is None:
                 original = component.stock.from_config(component.config)  # type: ignore[attr-defined]
             setattr(pipe, name, original)
+        elif isinstance(component, nn.Module):
+            restore_attention(component)

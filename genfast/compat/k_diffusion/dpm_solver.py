@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from genfast.ops._checks import check_dtype, refusal
 from genfast.samplers import Row
+from genfast.samplers.adaptive import PIDStepSizeController
 from genfast.schedules import Point
 
 from .loop import STEP_START, Callback, ExtraArgs, Model, Packed, pack, run
@@ -99,35 +100,6 @@ def _prepare(
 
 def _never(i: int, first: int, k: int) -> Tensor:
     raise AssertionError("a step of the adaptive solver draws its noise when it is accepted")
-
-
-class PIDStepSizeController:
-    """A PID controller of the step ``h`` of an adaptive ODE solver of ``order`` (Hairer and Wanner 1996, section IV.2)."""
-
-    def __init__(
-        self, h: float, pcoeff: float, icoeff: float, dcoeff: float, order: float = 1, accept_safety: float = 0.81, eps: float = 1e-8
-    ) -> None:
-        self.h = h
-        self.b1 = (pcoeff + icoeff + dcoeff) / order
-        self.b2 = -(pcoeff + 2 * dcoeff) / order
-        self.b3 = dcoeff / order
-        self.accept_safety = accept_safety
-        self.eps = eps
-        self.errs: list[float] = []
-
-    def limiter(self, x: float) -> float:
-        return 1 + math.atan(x - 1)
-
-    def propose_step(self, error: Tensor | float) -> bool:
-        """Whether a step with this ``error``, 1 the allowed one, is accepted; ``h`` becomes the next one to try."""
-        inverse = 1 / (float(error) + self.eps)
-        self.errs = [inverse, *self.errs[1:]] if self.errs else [inverse] * 3
-        factor = self.limiter(self.errs[0] ** self.b1 * self.errs[1] ** self.b2 * self.errs[2] ** self.b3)
-        accept = factor >= self.accept_safety
-        if accept:
-            self.errs[1:] = self.errs[:2]
-        self.h *= factor
-        return accept
 
 
 class DPMSolver(nn.Module):

@@ -41,6 +41,7 @@ SMOOTH = [
     _case("vectors, swish", 33, 24, act="swish", gain=1.2),
     _case("first dimension, tanh", 6, 3, 4, 4, dim=0, act="tanh"),
     _case("last dimension, sigmoid", 2, 3, 5, 16, dim=-1, act="sigmoid"),
+    _case("one dimension, swish", 7, dim=0, act="swish"),
     _case("no bias, softplus", 2, 3, 4, 4, bias=False, act="softplus", gain=0.5),
     _case("long rows, lrelu", 2, 2, 90, 100, act="lrelu"),
 ]

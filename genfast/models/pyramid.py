@@ -1,0 +1,50 @@
+"""What networks over feature maps of the sides 4, 8, ..., size are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """The feature maps of side s have min(channel_base / s, channel_max) channels.
+
+    ``body`` is the dtype of the ``body_sides`` largest sides above 4; "float32" stands for the parameters' own. Latents, pictures and
+    logits have the parameters' dtype.
+    """
+
+    size: int = 256  # side of the images, a power of 2
+    image_channels: int = 3
+    latent: int = 512
+    channel_base: int = 32768
+    channel_max: int = 512
+    body: str = "float32"
+    body_sides: int = 4
+
+    def __post_init__(self) -> None:
+        if not 8 <= self.size <= 1024 or self.size & (self.size - 1):
+            raise ValueError(f"size: got {self.size}, supported: a power of 2 from 8 to 1024")
+        if self.body not in DTYPES:
+            raise ValueError(f"body: got {self.body!r}, supported: {', '.join(map(repr, DTYPES))}")
+        if self.channel_base < self.size:
+            raise ValueError(f"channel_base: got {self.channel_base}, supported: size, {self.size}, or more")
+        for name in ("image_channels", "latent", "channel_max"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, supported: an integer of at least 1")
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """4, 8, ..., size."""
+        return tuple(2**k for k in range(2, self.size.bit_length()))
+
+    def channels(self, side: int) -> int:
+        return min(self.channel_base // side, self.channel_max)
+
+    def dtype(self, side: int, wide: torch.dtype) -> torch.dtype:
+        """Of the feature maps of this side, ``wide`` being that of the parameters."""
+        body = DTYPES[self.body]
+        return body if body is not None and side in self.sides[1:][-self.body_sides :] else wide
