@@ -335,9 +335,9 @@ inline void run_block() {
     }
     any |= release_conditions();
     if (any) continue;
-    if (release_block()) {
+    if (release_block() || land()) {
       shuffle(m.warps);
-    } else if (!land()) {
+    } else {
       for (int i : m.order) {
         const Thread& t = m.threads[i];
         if (t.wait == Wait::kCondition) fail(name_of(t) + " waits for ever at " + t.place.text());
