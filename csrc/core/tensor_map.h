@@ -4,9 +4,7 @@
 
 #include "launch.h"
 
-#if defined(GF_EMULATE)
-#include "emulator_hopper.h"
-#else
+#if !defined(GF_EMULATE)
 #include <cuda.h>
 #endif
 

@@ -335,9 +335,9 @@ inline void run_block() {
     }
     any |= release_conditions();
     if (any) continue;
-    if (release_block()) {
+    if (release_block() || land()) {
       shuffle(m.warps);
-    } else if (!land()) {
+    } else {
       for (int i : m.order) {
         const Thread& t = m.threads[i];
         if (t.wait == Wait::kCondition) fail(name_of(t) + " waits for ever at " + t.place.text());
@@ -501,3 +501,5 @@ T atomicMin(T* address, std::type_identity_t<T> value) {
 inline float rsqrtf(float a) {
   return 1.0f / std::sqrt(a);
 }
+
+#include "emulator_hopper.h"

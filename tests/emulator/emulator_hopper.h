@@ -1,9 +1,7 @@
 // Twins of sm_90a's asynchronous instructions, as late as the instruction set allows: a bulk copy lands, and a wgmma reads its operands,
-// when nothing else can go on; with a seed, at any time between its issue and its wait. Sums hold NaN until they are waited for. So a
-// missing wait and a slot released too early give wrong numbers. csrc/core/ptx_hopper.cuh
-// and wgmma.cuh include this.
+// when nothing else can go on; with a seed, at any time between its issue and its wait. Sums hold
+// NaN until they are waited for. So a missing wait and a slot released too early give wrong numbers. emulator.h ends with this file.
 #pragma once
-#include "emulator.h"
 
 namespace gf_emulator {
 
