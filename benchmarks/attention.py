@@ -180,6 +180,59 @@ def time_case(case: AttentionCase, dtype: torch.dtype, direction: str, ceiling: 
     return rows
 
 
+@dataclass(frozen=True)
+class DecodeCase:
+    """One new query a sample against a cache of ``length`` keys."""
+
+    name: str
+    batch: int
+    heads: int
+    kv_heads: int
+    length: int
+    width: int
+
+
+DECODE = [
+    DecodeCase("GPT-2 decode, 1k keys", 1, 12, 12, 1024, 64),
+    DecodeCase("LLaMA-7B decode, 4k keys", 1, 32, 32, 4096, 128),
+    DecodeCase("LLaMA-8B decode, 8 heads for 32, 8k keys", 1, 32, 8, 8192, 128),
+    DecodeCase("LLaMA-8B decode, batch 8, 8 heads for 32, 2k keys", 8, 32, 8, 2048, 128),
+]
+
+
+def time_decode(case: DecodeCase, dtype: torch.dtype, options: Options) -> list[Row]:
+    """Microseconds of one step; torch is handed the part of the cache that is in use."""
+    generator, device = torch.Generator().manual_seed(0), options.device
+    length = min(case.length, 256) if options.quick else case.length
+    q = torch.randn(case.batch, case.heads, 1, case.width, generator=generator).to(device, dtype)
+    k, v = (torch.randn(case.batch, case.kv_heads, length + 64, case.width, generator=generator).to(device, dtype) for _ in range(2))
+    lengths = torch.full((case.batch,), length, dtype=torch.int32, device=device)
+    grouped = case.heads != case.kv_heads
+    variants: dict[str, Callable[[], object]] = {
+        "genfast": lambda: ops.attention_decode(q, k, v, lengths),
+        "sdpa": lambda: F.scaled_dot_product_attention(q, k[:, :, :length], v[:, :, :length], enable_gqa=grouped),
+    }
+    results = timing.interleave(
+        variants,
+        device=device,
+        rounds=3 if options.quick else 9,
+        round_seconds=0.0 if options.quick else 0.03,
+        quiet=not options.quick,
+    )
+    facts = timing.environment(device) | {"command": options.command}
+    name = str(dtype).removeprefix("torch.")
+    shape = [case.batch, case.heads, case.kv_heads, length, case.width]
+    moved = 2.0 * case.batch * case.kv_heads * length * case.width * dtype.itemsize
+    row: Row = {"case": f"{case.name}, {name}, {'x'.join(map(str, shape))}", "shape": shape, "dtype": name}
+    return [
+        row
+        | {"variant": variant, "median_us": round(t.median, 3), "iqr_us": round(t.iqr, 3), "rounds": t.rounds, "discarded": t.discarded}
+        | {"gb_per_s": round(moved / t.median * 1e-3, 3)}
+        | facts
+        for variant, t in results.items()
+    ]
+
+
 def matmul_tflops(device: str, dtype: torch.dtype) -> float:
     """The ceiling: torch's product of two square matrices of random numbers, in TFLOP/s."""
     n = 8192 if device == "cuda" else 1024
@@ -194,11 +247,12 @@ def run(options: Options) -> Iterator[tuple[str, list[Row]]]:
         if options.device == "cpu":
             torch.set_num_threads(threads)
         ceilings = {dtype: matmul_tflops(options.device, dtype) for dtype in dtypes}
-        for case in attention_cases(options.device):
-            if options.filter not in case.name:
+        for shape in attention_cases(options.device):
+            if options.filter not in shape.name:
                 continue
+            case = shape
             if options.quick:
-                case = replace(case, queries=min(case.queries, 64), keys=min(case.keys, 77), bias=None, mask=None)
+                case = replace(shape, queries=min(shape.queries, 64), keys=min(shape.keys, 77), bias=None, mask=None)
             for dtype in dtypes:
                 directions = ["forward", "backward"]
                 if case.name == "SD1.5, 32x32, self" and not options.quick:
@@ -206,3 +260,7 @@ def run(options: Options) -> Iterator[tuple[str, list[Row]]]:
                 for direction in directions:
                     rows = time_case(case, dtype, direction, ceilings[dtype], options)
                     yield rows[0]["case"] + (f", {threads} threads" if threads else ""), rows
+        for cache in DECODE:
+            for dtype in dtypes if options.filter in cache.name else []:
+                rows = time_decode(cache, dtype, options)
+                yield rows[0]["case"] + (f", {threads} threads" if threads else ""), rows

@@ -118,7 +118,13 @@ def block(name: str) -> str:
     """The text of one block; NAME is file[:threads]."""
     file, _, threads = name.partition(":")
     rows = [r for r in read_rows(file) if not threads or str(r.get("threads")) == threads]
-    tables = {"schedulers": schedulers_table, "gan": operators_table, "attention": operators_table, "gan_training": training_table}
+    tables = {
+        "schedulers": schedulers_table,
+        "gan": operators_table,
+        "attention": operators_table,
+        "qknorm": operators_table,
+        "gan_training": training_table,
+    }
     table = tables.get(file.split("-")[0], steps_table)
     return f"{table(rows)}\n\n{source_line(rows)}\n" if rows else "No rows yet.\n"
 
