@@ -260,7 +260,7 @@ def _backward(
         dq, dk, dv = (_heads_last(t) for t in (q, k, v))
         dbias = torch.empty(bias.shape, dtype=torch.float32, device=q.device) if bias_grad and bias is not None else None
         rows, mask = (None if t is None else _rows(t, q, k) for t in (bias, mask))
-        delta, dlse = torch.empty_like(lse), None if grad_lse is None else grad_lse.contiguous()
+        delta, dlse = q.new_empty(q.shape[:3], dtype=torch.float32), None if grad_lse is None else grad_lse.contiguous()
         read = (_unit(grad_o), dlse, _unit(q), _unit(k), _unit(v), rows, mask, causal, scale, _unit(o), lse.contiguous())
         _backend.namespace.attention_backward_(dq, dk, dv, dbias, delta, *read)
         return dq, dk, dv, q.new_empty(0) if dbias is None or bias is None else dbias.to(bias.dtype)

@@ -121,3 +121,12 @@ def test_offsets_beyond_two_to_the_31(dtype: torch.dtype) -> None:
 
     for far, near in zip(run(True), run(False), strict=True):
         assert same_bits(far.clone(), near)
+
+
+def test_explanation() -> None:
+    q = torch.zeros(1, 2, 20, 8)
+    assert "Backward: genfast (tiles of queries and keys)." in ops.explain_attention(q, q, q)
+    assert "Backward: torch_cpu_flash (float64" in ops.explain_attention(q.double(), q.double(), q.double())
+    assert "Backward: blocks (float64 with a bias" in ops.explain_attention(
+        q.double(), q.double(), q.double(), q.new_zeros(20, dtype=DOUBLE)
+    )
