@@ -101,7 +101,8 @@ def _by_sequence(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, ca
     outputs, sums = [q[:0]], [q.new_zeros((q.shape[1], 0), dtype=torch.promote_types(q.dtype, torch.float32))]
     # split, whose gradient is one concatenation; slices would each have one as long as the whole
     for one in zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), strict=True):
-        o, lse = attention(*(t.transpose(0, 1)[None] for t in one), causal=causal, scale=scale, return_lse=True)
+        q_b, k_b, v_b = (t.transpose(0, 1)[None] for t in one)
+        o, lse = attention(q_b, k_b, v_b, causal=causal, scale=scale, return_lse=True)
         outputs.append(o[0].transpose(0, 1))
         sums.append(lse[0])
     return torch.cat(outputs), torch.cat(sums, 1)

@@ -29,7 +29,8 @@ def attention_varlen(
     q_lengths, k_lengths = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     outputs, sums = [q[:0]], [q.new_zeros((q.shape[1], 0), dtype=torch.promote_types(q.dtype, torch.float32))]
     for one in zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), strict=True):
-        o, lse = attention(*(t.transpose(0, 1)[None] for t in one), None, None, causal, scale, True)
+        q_b, k_b, v_b = (t.transpose(0, 1)[None] for t in one)
+        o, lse = attention(q_b, k_b, v_b, causal=causal, scale=scale, return_lse=True)
         outputs.append(o[0].transpose(0, 1))
         sums.append(lse[0])
     o, lse = torch.cat(outputs), torch.cat(sums, 1)

@@ -154,7 +154,7 @@ def test_a_sample_alone_equals_the_sample_in_a_batch(emulated: Any) -> None:
 def run_these_files(library: dict[str, str], preload: str = "", only: str = "") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **library, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
     folder = Path(__file__).parent
-    files = [__file__, *(str(folder / f"test_emulator_attention{part}.py") for part in ("", "_backward"))]
+    files = [__file__, *(str(folder / f"test_emulator_attention{part}.py") for part in ("", "_backward", "_decode", "_varlen"))]
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", only, *files]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
 
@@ -189,7 +189,7 @@ def test_address_sanitizer_sees_a_kernel_read_out_of_bounds() -> None:
             *("ops/solver_step/solver_step.cu", "+ j * kFoldLanes + threadIdx.x", "+ threadIdx.x * (kChunk / kFoldLanes) + j"),
             "test_solver_step and rescale",
         ),
-        ("ops/attention/attention_forward.cuh", "key + kKeys > p.m || ", "", "test_every_head"),
+        ("ops/attention/attention_forward.cuh", "key + kKeys > at.m || ", "", "test_every_head"),
         ("ops/attention/attention_forward.cuh", "    __syncthreads();  // the keys are there", "    //", "test_every_head"),
         (
             *("ops/attention/attention_backward.cuh", "cp_async_wait_all();\n    __syncthreads();  // walked1", "__syncthreads();  //"),
