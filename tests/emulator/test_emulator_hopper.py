@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulator import test_emulator_attention_varlen
 from emulator.test_emulator_attention import HALF, SHAPES, draw, inputs, run
 
 from genfast.testing.oracle import same_bits
@@ -92,6 +93,10 @@ def test_what_the_maps_cannot_describe(emulated: Any, monkeypatch: pytest.Monkey
         monkeypatch.delenv("GENFAST_ATTENTION_HOPPER")
         same.append(same_bits(o, run(emulated, *arguments, scale=scale)[0]))
     assert same == [True, True, True, False]
+
+
+def test_packed_sequences_take_the_other_kernel(emulated: Any) -> None:
+    test_emulator_attention_varlen.test_packed(emulated, torch.bfloat16, 64, True)
 
 
 def test_queries_that_see_nothing(emulated: Any) -> None:

@@ -85,6 +85,9 @@ struct HopperOrder {
       at.batch = head / static_cast<int>(p.heads);
       at.kv_head = at.head / static_cast<int>(p.heads / p.kv_heads);
       at.first = static_cast<int64_t>(second ? rank : blocks - 1 - rank) * queries;
+      at.n = p.n;
+      at.m = p.m;
+      at.before_q = at.before_k = 0;
       at.rows = p.n - at.first < queries ? static_cast<int>(p.n - at.first) : queries;
       run(at);
     }

@@ -22,7 +22,7 @@ inline bool mappable(const void* data, const AttentionRows& at, int64_t rows, in
 }
 
 inline bool hopper_can(const AttentionParams& p) {
-  return gf_device::compute_capability() == 90 && p.dtype != DType::F32 && p.d % 8 == 0 && p.d <= 256 && p.scale > 0.0f &&
+  return gf_device::compute_capability() == 90 && p.dtype != DType::F32 && !p.q_starts && p.d % 8 == 0 && p.d <= 256 && p.scale > 0.0f &&
          p.n < (int64_t{1} << 31) && p.m < (int64_t{1} << 31) && mappable(p.q, p.q_at, p.n, p.heads, p.batch) &&
          mappable(p.k, p.k_at, p.m, p.kv_heads, p.batch) && mappable(p.v, p.v_at, p.m, p.kv_heads, p.batch) &&
          mappable(p.o, p.o_at, p.n, p.heads, p.batch);
