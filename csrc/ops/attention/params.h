@@ -40,7 +40,8 @@ struct AttentionBackwardParams {
   int64_t dbias_column;  // stride of dbias along the keys: 1, or 0 where they are summed over
 };
 
-// Of attention_tangent_: `primal` with its o and lse given; the tangents of q, k, v come in, those of o and lse go out. Shapes of the primals.
+// Of attention_tangent_: `primal` with its o and lse given; the tangents of q, k, v come in, those of o and lse go out. Shapes of the
+// primals.
 struct AttentionTangentParams {
   AttentionParams primal;
   const void *tq, *tk, *tv;
