@@ -145,9 +145,11 @@ class _NormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, residual = tensors = ctx.saved_tensors
+        x, weight, bias, residual = tensors = list(ctx.saved_tensors)
         needs, activation = ctx.needs_input_grad[:4], ctx.activation
         if torch.is_grad_enabled():
+            # Views: where one of them is computed from another, each still has a gradient of its own.
+            tensors = [None if t is None else t.view_as(t) for t in tensors]
             asked = [t for t, needed in zip(tensors, needs, strict=True) if needed]
             found = iter(torch.autograd.grad(ctx.plain(*tensors), asked, grad, create_graph=True))
             return (*(next(found) if needed else None for needed in needs), None, None, None)

@@ -387,6 +387,8 @@ class _QkNormRope(torch.autograd.Function):
     def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | None, ...]:
         given, needs = ctx.saved_tensors, ctx.needs_input_grad[:6]
         if torch.is_grad_enabled():
+            # Views: where one of them is computed from another, each still has a gradient of its own.
+            given = [None if t is None else t.view_as(t) for t in given]
             asked = [t for t, needed in zip(given, needs, strict=False) if needed]
             results = _plain(ctx.options, *given)
             found = iter(torch.autograd.grad(results, asked, (q_grad, k_grad), create_graph=True, materialize_grads=True))

@@ -145,7 +145,7 @@ struct FmaEngine {
 
   // ---- the backward pass
 
-  static constexpr int kKeys = 64;  // of a block: their weights lie in whole pages, and in the first-level cache
+  static constexpr int kKeys = 64;  // of a block: its weights then fill the first-level cache evenly
   static constexpr int kPaddedRows = 2;
   static constexpr int kStepRows = 24;   // rows whose scores are made together, so that they stay in the first-level cache
   static constexpr int kBlockRows = 96;  // rows that are summed over at a time
