@@ -271,3 +271,22 @@ def test_transforms(spec: OpSpec, case: Case) -> None:
         per_sample = torch.vmap(torch.func.grad(loss(fused)))(*many)
         for k in range(3):
             torch.testing.assert_close(per_sample[k], torch.func.grad(loss(plain))(*(t[k] for t in many)), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("spec", "case"), [p for p in ONCE if p.values[1].name in p.values[0].twice])
+def test_inputs_computed_from_each_other(spec: OpSpec, case: Case) -> None:
+    """Each input depends on the one before it: no path is counted twice or lost in the first two derivatives."""
+    arguments = case.make(torch.float64)
+
+    def chain(namespace: Any) -> list[Tensor]:
+        function, tensors = as_function(spec, namespace, arguments)
+        source = torch.ones((), dtype=torch.float64, requires_grad=True)
+        given = [tensors[0] * source]
+        for t in tensors[1:]:
+            given.append(t * (1 + 0.1 * given[-1].mean()))
+        loss = torch.stack([(r**3).sum() for r in function(*given)]).sum()
+        (first,) = torch.autograd.grad(loss, source, create_graph=True)
+        return [first.detach(), *torch.autograd.grad(first, source)]
+
+    for got, expected in zip(chain(ops), chain(reference), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().clamp(min=1)))
