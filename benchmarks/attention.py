@@ -79,7 +79,7 @@ def attention_cases(device: str) -> list[AttentionCase]:
     return [*cases, AttentionCase("Wan, 8,192 of 32,760 tokens, 1 of 12 heads", 1, 1, 8192, 8192, 128)]
 
 
-def _calls(case: AttentionCase, device: str, quick: bool, dtype: torch.dtype) -> dict[str, Call]:
+def _calls(case: AttentionCase, device: str, compiled: bool) -> dict[str, Call]:
     def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if bias is None else bias, is_causal=case.causal)
 
@@ -105,7 +105,7 @@ def _calls(case: AttentionCase, device: str, quick: bool, dtype: torch.dtype) ->
         calls |= {f"sdpa {name}": fixed(backend) for name, backend in BACKENDS.items()}
     if case.batch * case.heads * case.queries * case.keys <= MOST_SCORES:
         calls["reference"] = plain
-        if device == "cuda" or (dtype == torch.float32 and not quick):
+        if compiled:
             calls["compiled"] = torch.compile(plain, dynamic=False)
     return calls
 
@@ -134,10 +134,11 @@ def time_case(case: AttentionCase, dtype: torch.dtype, direction: str, ceiling: 
     bias = None if case.bias is None else draw(*case.bias).requires_grad_(backward)
     mask = None if case.mask is None else torch.rand(case.mask, generator=generator).to(device) < 0.8
     inputs = [q, k, v, bias, mask]
+    compiled = device == "cuda" or (dtype == torch.float32 and not backward and not options.quick)  # compiling takes seconds a case
     torch.compiler.reset()
     calls = {
         name: call
-        for name, call in _calls(case, device, options.quick, dtype).items()
+        for name, call in _calls(case, device, compiled).items()
         if not name.startswith("sdpa ") or _works(call, inputs, backward)
     }
     wide = [None if t is None else t.detach().to(torch.float32) if t.is_floating_point() else t for t in inputs]
