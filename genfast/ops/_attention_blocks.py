@@ -54,6 +54,16 @@ class Inputs:
         return s
 
 
+def unit(t: Tensor) -> Tensor:
+    """The kernels read rows with unit stride."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def whole(t: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """A bias or mask of full shape, broadcast by strides of 0."""
+    return None if t is None else unit(t.expand(*t.shape[:3], k.shape[2])).expand(*q.shape[:3], k.shape[2])
+
+
 def _rows(t: Tensor, at: slice) -> Tensor:
     return t if t.shape[2] == 1 else t[:, :, at]
 

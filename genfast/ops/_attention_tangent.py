@@ -13,7 +13,7 @@ from genfast import _library
 
 from . import _attention_blocks as blocks
 from . import _backend
-from ._attention_blocks import Inputs
+from ._attention_blocks import Inputs, unit, whole
 from ._autograd import refuse_lost_derivatives
 from ._backend import implementations
 
@@ -60,14 +60,6 @@ def _call(*arguments: Any) -> tuple[Tensor, Tensor]:
     return to, tlse
 
 
-def _rows(t: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """A bias or mask of full shape, broadcast by strides of 0."""
-    if t is None:
-        return None
-    t = t.expand(*t.shape[:3], k.shape[2])
-    return (t if t.stride(-1) == 1 else t.contiguous()).expand(*q.shape[:3], k.shape[2])
-
-
 def _run(
     q: Tensor,
     k: Tensor,
@@ -85,8 +77,8 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     if has_kernel(q, k, tbias):
         to, tlse = torch.empty_like(o), torch.empty_like(lse)
-        rows = [t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, tq, tk, tv)]
-        _backend.namespace.attention_tangent_(to, tlse, *rows[:3], _rows(bias, q, k), _rows(mask, q, k), causal, scale, *rows[3:], o, lse)
+        rows = [unit(t) for t in (q, k, v, tq, tk, tv)]
+        _backend.namespace.attention_tangent_(to, tlse, *rows[:3], whole(bias, q, k), whole(mask, q, k), causal, scale, *rows[3:], o, lse)
         return to, tlse
     to, tlse = blocks.tangent(Inputs(q, k, v, bias, mask, causal, scale), Inputs(tq, tk, tv, tbias), lse)
     return torch.empty_like(o).copy_(to), tlse

@@ -15,7 +15,7 @@ from genfast import _library
 
 from . import _attention_blocks as blocks
 from . import _backend
-from ._attention_blocks import Inputs
+from ._attention_blocks import Inputs, unit, whole
 from ._attention_tangent import tangent
 from ._autograd import refuse_lost_derivatives, tangent_rule, wanted
 from ._backend import implementations
@@ -230,8 +230,8 @@ def _forward(
     kernel = route(q, k, bias is not None or mask is not None or causal).kernel
     if kernel == "genfast":
         o, lse = _fake_forward(q)
-        bias, mask = (None if t is None else _rows(t, q, k) for t in (bias, mask))
-        _backend.namespace.attention_(o, lse, _unit(q), _unit(k), _unit(v), bias, mask, causal, scale)
+        bias, mask = (whole(t, q, k) for t in (bias, mask))
+        _backend.namespace.attention_(o, lse, unit(q), unit(k), unit(v), bias, mask, causal, scale)
         return o, lse
     if kernel == "torch_cpu_flash":
         o, lse = _torch_cpu_flash(q, k, v, bias, mask, causal, scale)
@@ -259,9 +259,9 @@ def _backward(
     if kernel == "genfast":
         dq, dk, dv = (_heads_last(t) for t in (q, k, v))
         dbias = torch.empty(bias.shape, dtype=torch.float32, device=q.device) if bias_grad and bias is not None else None
-        rows, mask = (None if t is None else _rows(t, q, k) for t in (bias, mask))
+        rows, mask = (whole(t, q, k) for t in (bias, mask))
         delta, dlse = q.new_empty(q.shape[:3], dtype=torch.float32), None if grad_lse is None else grad_lse.contiguous()
-        read = (_unit(grad_o), dlse, _unit(q), _unit(k), _unit(v), rows, mask, causal, scale, _unit(o), lse.contiguous())
+        read = (unit(grad_o), dlse, unit(q), unit(k), unit(v), rows, mask, causal, scale, unit(o), lse.contiguous())
         _backend.namespace.attention_backward_(dq, dk, dv, dbias, delta, *read)
         return dq, dk, dv, q.new_empty(0) if dbias is None or bias is None else dbias.to(bias.dtype)
     if kernel == "torch_cpu_flash":
@@ -286,25 +286,14 @@ def _additive(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, ca
     if mask is not None:
         zero = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias
         bias = torch.where(mask, zero, -torch.inf)
-    return None if bias is None else _unit(bias.expand(*bias.shape[:3], m)), causal
-
-
-def _rows(t: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """A bias or mask of full shape, broadcast by strides of 0."""
-    t = _unit(t.expand(*t.shape[:3], k.shape[2]))
-    return t.expand(*q.shape[:3], k.shape[2])
-
-
-def _unit(t: Tensor) -> Tensor:
-    """The kernels read rows with unit stride."""
-    return t if t.stride(-1) == 1 else t.contiguous()
+    return None if bias is None else unit(bias.expand(*bias.shape[:3], m)), causal
 
 
 def _torch_cpu_flash(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     additive, causal = _additive(q, k, bias, mask, causal)
-    q, k, v = _unit(q), _shared(k, q), _shared(v, q)
+    q, k, v = unit(q), _shared(k, q), _shared(v, q)
     o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=additive, scale=scale)
     if additive is not None:  # torch says 0 of a row that sees nothing
         lse = lse.masked_fill((additive == -torch.inf).all(-1), -torch.inf)
@@ -313,18 +302,18 @@ def _torch_cpu_flash(
 
 def _torch_cpu_flash_backward(x: Inputs, o: Tensor, lse: Tensor, grad_o: Tensor) -> tuple[Tensor, ...]:
     additive, causal = _additive(x.q, x.k, x.bias, x.mask, x.causal)
-    q, k, v = _unit(x.q), _shared(x.k, x.q), _shared(x.v, x.q)
+    q, k, v = unit(x.q), _shared(x.k, x.q), _shared(x.v, x.q)
     if additive is not None:
         lse = lse.masked_fill(lse == -torch.inf, 0)
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        _unit(grad_o), q, k, v, o, lse, 0.0, causal, attn_mask=additive, scale=x.scale
+        unit(grad_o), q, k, v, o, lse, 0.0, causal, attn_mask=additive, scale=x.scale
     )
     return dq, *(g.unflatten(1, (x.k.shape[1], -1)).sum(2) if k.shape != x.k.shape else g for g in (dk, dv))
 
 
 def _shared(t: Tensor, q: Tensor) -> Tensor:
     """A key or value head for each query head: torch's kernel knows no groups."""
-    return _unit(t) if t.shape[1] == q.shape[1] else t.repeat_interleave(q.shape[1] // t.shape[1], dim=1)
+    return unit(t) if t.shape[1] == q.shape[1] else t.repeat_interleave(q.shape[1] // t.shape[1], dim=1)
 
 
 def _straight(*tensors: Tensor) -> bool:

@@ -12,6 +12,7 @@ from genfast import _library
 from genfast.reference.attention_decode import visible_cache
 
 from . import _backend
+from ._attention_blocks import unit, whole
 from ._autograd import refuse_lost_derivatives, wanted
 from ._backend import implementations
 from ._checks import check_dtype, readable, refusal
@@ -121,19 +122,14 @@ def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(b, n, h, d).transpose(1, 2), q.new_empty((b, h, n), dtype=torch.float32)
 
 
-def _unit(t: Tensor) -> Tensor:
-    """The kernels read rows with unit stride."""
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, bias: Tensor | None, causal: bool, scale: float, splits: int
 ) -> tuple[Tensor, Tensor]:
     o, lse = _fake(q)
     parts = q.new_empty(splits * lse.numel() * (q.shape[3] + 1), dtype=torch.float32) if splits > 1 else None
     if bias is not None:
-        bias = _unit(bias.expand(*bias.shape[:3], k.shape[2])).expand(*q.shape[:3], k.shape[2])
-    _backend.namespace.attention_decode_(o, lse, parts, _unit(q), _unit(k), _unit(v), lengths.contiguous(), bias, causal, scale, splits)
+        bias = whole(bias, q, k)
+    _backend.namespace.attention_decode_(o, lse, parts, unit(q), unit(k), unit(v), lengths.contiguous(), bias, causal, scale, splits)
     return o, lse
 
 

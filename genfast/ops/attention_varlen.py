@@ -11,6 +11,7 @@ from torch import Tensor
 from genfast import _library
 
 from . import _backend
+from ._attention_blocks import unit
 from ._autograd import refuse_lost_derivatives, wanted
 from ._backend import implementations
 from ._checks import check_dtype, readable, refusal
@@ -119,11 +120,6 @@ def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), lse
 
 
-def _unit(t: Tensor) -> Tensor:
-    """The kernels read rows with unit stride."""
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 def _forward(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     packed = q.device.type == "cuda" and _library.has_kernels("cuda") and q.dtype != torch.float64 and q.shape[2] <= 256
     if not packed:
@@ -131,7 +127,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q:
     o, lse = _fake(q)
     if q.numel() and max_q:
         cu_q, cu_k = cu_q.contiguous(), cu_k.to(cu_q.dtype).contiguous()
-        _backend.namespace.attention_varlen_(o, lse, _unit(q), _unit(k), _unit(v), cu_q, cu_k, max_q, causal, scale)
+        _backend.namespace.attention_varlen_(o, lse, unit(q), unit(k), unit(v), cu_q, cu_k, max_q, causal, scale)
     return o, lse
 
 

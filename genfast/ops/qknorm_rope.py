@@ -14,9 +14,10 @@ from genfast.reference import rope_table
 from genfast.reference.qknorm_rope import split_heads, turned
 
 from . import _backend
+from ._attention_blocks import unit
 from ._autograd import refuse_lost_derivatives, wanted
 from ._checks import check_dtype, refusal
-from .attention import _heads_last, _straight, _unit, _untracked, attention
+from .attention import _heads_last, _straight, _untracked, attention
 
 __all__ = ["qknorm_rope", "qknorm_rope_attention", "rope_table"]
 
@@ -237,7 +238,7 @@ def _run(
         if w is not None and b is not None and w.ndim != b.ndim:
             whole = (x[side].shape[1], x[side].shape[3])
             weights[side], biases[side] = w.expand(whole).contiguous(), b.expand(whole).contiguous()
-    x, grads = [_unit(t) for t in x], [None if t is None else _unit(t) for t in grads]
+    x, grads = [unit(t) for t in x], [None if t is None else unit(t) for t in grads]
     cos, sin = (None if t is None else (t if t.ndim == 3 else t[None]).to(wide).contiguous() for t in (cos, sin))
     if cos is not None and cos.shape[-1] == 0:
         cos = sin = None
