@@ -117,5 +117,16 @@ GF_INLINE Vec<T> curve_of(const Curve<T>& c, Vec<T> u) {
   return curve_at<typename MathOf<T>::type>(c, u);
 }
 
+// The sum of the lanes, halves folded together.
+template <class T>
+GF_INLINE T total(Vec<T> v) {
+  T lanes[kCount<T>];
+  store(lanes, v);
+  for (int half = kCount<T> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[half + i];
+  }
+  return lanes[0];
+}
+
 }  // namespace
 }  // namespace genfast

@@ -24,6 +24,9 @@ struct BnPointers {
         residual(p.residual ? static_cast<const S*>(p.residual) + offset : nullptr),
         out(p.out ? static_cast<S*>(p.out) + offset : nullptr) {}
   BnPointers(const S* x_, const S* dy_, const S* residual_, S* out_) : x(x_), dy(dy_), residual(residual_), out(out_) {}
+  BnPointers after(int64_t n) const {
+    return {x + n, dy ? dy + n : nullptr, residual ? residual + n : nullptr, out ? out + n : nullptr};
+  }
 };
 
 // The vector at element i.
@@ -46,6 +49,69 @@ GF_INLINE BnSums<T> bn_vector(const Curve<T>& curve, const BnCoefficients<T>& c,
   return {};
 }
 
+template <class T>
+Curve<T> bn_curve(const BnActParams& p) {
+  return {p.curve.act, p.curve.order, false, static_cast<T>(p.curve.alpha), static_cast<T>(p.curve.gain), T(0)};
+}
+
+template <class T, BnPass kPass>
+GF_INLINE BnCoefficients<T> bn_coefficients(const BnActTask& t, int64_t sample, int64_t channel) {
+  BnCoefficients<T> c{};
+  const T* from = static_cast<const T*>(t.coef) + sample * t.coef_sample + channel;
+  for (int k = 0; k < used_coefficients(kPass); ++k) c.at[k] = splat(from[k * t.coef_row]);
+  return c;
+}
+
+// The last n lanes; 0 before them.
+template <class T>
+GF_INLINE Vec<T> last_lanes(Vec<T> v, int64_t n) {
+  using Bits = VecBits<T>;
+  Bits keep[2]{Bits{}, ~Bits{}};
+  return (Vec<T>)((Bits)v & load_raw<Bits>(reinterpret_cast<const T*>(keep) + n));
+}
+
+template <class T, BnPass kPass, class S>
+void long_rows_of(const BnActTask& t, int64_t first, int64_t last) {
+  constexpr int kWidth = kCount<T>, kUnrolled = 2;
+  const BnActParams& p = t.p;
+  const Curve<T> curve = bn_curve<T>(p);
+  const int64_t period = p.channels * p.inner;
+  int64_t chunk = first % t.chunks, channel = first / t.chunks % p.channels, run = first / (t.chunks * p.channels);
+  for (int64_t unit = first; unit < last; ++unit) {
+    const int64_t sample = run / t.blocks, row = run % t.blocks * t.depth, rows = p.outer - row < t.depth ? p.outer - row : t.depth;
+    const int64_t begin = chunk * kBnChunk, n = chunk + 1 < t.chunks ? kBnChunk : p.inner - begin;
+    const BnPointers<S> start(p, ((sample * p.outer + row) * p.channels + channel) * p.inner + begin);
+    const BnCoefficients<T> c = bn_coefficients<T, kPass>(t, sample, channel);
+    BnSums<T> sum[kUnrolled];
+    const auto add = [](BnSums<T>& to, const BnSums<T>& more) __attribute__((always_inline)) {
+      to.a += more.a;
+      to.b += more.b;
+    };
+    for (int64_t r = 0; r < rows; ++r) {
+      const BnPointers<S> at = start.after(r * period);
+      int64_t i = 0;
+      for (; i + kUnrolled * kWidth <= n; i += kUnrolled * kWidth)
+        unroll<kUnrolled>([&]<int k>() __attribute__((always_inline)) { add(sum[k], bn_vector<T, kPass>(curve, c, at, i + k * kWidth)); });
+      for (; i + kWidth <= n; i += kWidth) add(sum[0], bn_vector<T, kPass>(curve, c, at, i));
+      if (i < n) {  // the last vector overlaps the one before, with the same results
+        const BnSums<T> both = bn_vector<T, kPass>(curve, c, at, n - kWidth);
+        add(sum[1], {last_lanes<T>(both.a, n - i), last_lanes<T>(both.b, n - i)});
+      }
+    }
+    if (t.partial) {
+      static_cast<T*>(t.partial)[unit] = total<T>(sum[0].a + sum[1].a);
+      static_cast<T*>(t.partial)[t.units + unit] = total<T>(sum[0].b + sum[1].b);
+    }
+    if (++chunk == t.chunks) {
+      chunk = 0;
+      if (++channel == p.channels) {
+        channel = 0;
+        ++run;
+      }
+    }
+  }
+}
+
 // The last n < kCount<T> elements; lanes beyond them return 0.
 template <class T, BnPass kPass, class S>
 __attribute__((noinline)) BnSums<T> bn_tail(const Curve<T>& curve, const BnCoefficients<T>& c, const BnPointers<S>& at, int64_t i,
@@ -62,46 +128,6 @@ __attribute__((noinline)) BnSums<T> bn_tail(const Curve<T>& curve, const BnCoeff
   return s;
 }
 
-template <class T>
-Curve<T> bn_curve(const BnActParams& p) {
-  return {p.curve.act, p.curve.order, false, static_cast<T>(p.curve.alpha), static_cast<T>(p.curve.gain), T(0)};
-}
-
-template <class T, BnPass kPass, class S>
-void long_rows_of(const BnActTask& t, int64_t first, int64_t last) {
-  constexpr int kWidth = kCount<T>, kUnrolled = 2;
-  const BnActParams& p = t.p;
-  const Curve<T> curve = bn_curve<T>(p);
-  for (int64_t unit = first; unit < last; ++unit) {
-    const int64_t row = unit / t.chunks, begin = unit % t.chunks * kBnChunk;
-    const int64_t n = p.inner - begin < kBnChunk ? p.inner - begin : kBnChunk, offset = row * p.inner + begin;
-    const BnPointers<S> at(p, offset);
-    const int64_t places = p.samples * p.channels, place = row / (p.outer * p.channels) * p.channels + row % p.channels;
-    BnCoefficients<T> c;
-    for (int k = 0; k < (kPass == BnPass::Moments ? 1 : kBnCoefficients); ++k) {
-      c.at[k] = splat(static_cast<const T*>(t.coef)[k * places + place]);
-    }
-    BnSums<T> sum[kUnrolled];
-    const auto add = [](BnSums<T>& to, const BnSums<T>& more) __attribute__((always_inline)) {
-      to.a += more.a;
-      to.b += more.b;
-    };
-    int64_t i = 0;
-    for (; i + kUnrolled * kWidth <= n; i += kUnrolled * kWidth)
-      unroll<kUnrolled>([&]<int k>() __attribute__((always_inline)) { add(sum[k], bn_vector<T, kPass>(curve, c, at, i + k * kWidth)); });
-    for (; i + kWidth <= n; i += kWidth) add(sum[0], bn_vector<T, kPass>(curve, c, at, i));
-    if (i < n) add(sum[1], bn_tail<T, kPass>(curve, c, at, i, n - i));
-    if (!t.partial) continue;
-    const Vec<T> a = sum[0].a + sum[1].a, b = sum[0].b + sum[1].b;
-    T total[2]{};
-    for (int k = 0; k < kWidth; ++k) {
-      total[0] += a[k];
-      total[1] += b[k];
-    }
-    for (int k = 0; k < 2; ++k) static_cast<T*>(t.partial)[k * t.units + unit] = total[k];
-  }
-}
-
 // A block is walked in the order of its memory, a few rows abreast: coefficients and sums of a place are then loaded once for all of them.
 template <class T, BnPass kPass, class S>
 void short_rows_of(const BnActTask& t, int64_t first, int64_t last) {
@@ -114,7 +140,7 @@ void short_rows_of(const BnActTask& t, int64_t first, int64_t last) {
     const int64_t sample = unit / t.blocks, begin = unit % t.blocks * t.block;
     const int64_t end = total - begin < t.block ? total : begin + t.block;
     const BnPointers<S> at(p, sample * total);
-    const T* coef = static_cast<const T*>(t.coef) + sample * kBnCoefficients * t.repeat;
+    const T* coef = static_cast<const T*>(t.coef) + sample * t.coef_sample;
     T* sums[2]{};
     for (int k = 0; k < 2 && kSums; ++k) {
       sums[k] = static_cast<T*>(t.partial) + (k * t.units + unit) * t.repeat;
@@ -122,8 +148,8 @@ void short_rows_of(const BnActTask& t, int64_t first, int64_t last) {
     }
     // Place i of `rows` rows from element `row` on, of the last of which `left` elements are there.
     const auto place = [&]<int rows>(int64_t row, int64_t i, int64_t left) __attribute__((always_inline)) {
-      BnCoefficients<T> c;
-      for (int j = 0; j < (kPass == BnPass::Moments ? 1 : kBnCoefficients); ++j) c.at[j] = load<T>(coef + j * t.repeat + i);
+      BnCoefficients<T> c{};
+      for (int j = 0; j < used_coefficients(kPass); ++j) c.at[j] = load<T>(coef + j * t.coef_row + i);
       BnSums<T> sum[rows];
       unroll<rows>([&]<int k>() __attribute__((always_inline)) {
         const int64_t e = row + k * t.repeat + i;
