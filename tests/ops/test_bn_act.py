@@ -99,17 +99,22 @@ def test_opcheck() -> None:
     options = (3, 0.0, 1.5)  # act, alpha, gain
     for samples, groups in ((1, 4), (2, 2)):
         moments = normal(2, samples, 4, seed=1).square()
-        given = (moments, normal(4, seed=2), None, groups, 1e-5, *options)
-        dy, residual, coef = x.clone(), x.clone(), normal(6, samples, 4)
+        given = (normal(4, seed=2), None, groups, 1e-5, *options)
+        dy, residual, sums = x.clone(), x.clone(), normal(2, samples, 4)
         for operator, arguments in [
-            (genfast.bn_moments, (x, samples > 1)),
-            (genfast.bn_apply, (x, residual, *given)),
-            (genfast.bn_sums, (dy, x, None, *given, False)),
-            (genfast.bn_sums, (dy, x, residual, *given, True)),
-            (genfast.bn_backward, (dy, x, residual, None, None, *given)),
-            (genfast.bn_backward, (dy, x, residual, moments.clone(), moments.clone(), *given)),
-            (genfast.bn_act_, (torch.empty_like(x), None, x, None, residual, coef, samples, 20, 1, *options)),
-            (genfast.bn_coefficients_, (coef, None, moments, None, None, None, None, groups, 1e-5)),
+            (genfast.bn_moments, (x,)),
+            (genfast.bn_apply, (x, residual, moments, False, *given)),
+            (genfast.bn_apply, (x, None, None, samples > 1, *given)),
+            (genfast.bn_sums, (dy, x, None, moments, *given, False)),
+            (genfast.bn_sums, (dy, x, residual, moments, *given, True)),
+            (genfast.bn_backward, (dy, x, residual, None, None, moments, *given, 0.0, False, False)),
+            (genfast.bn_backward, (dy, x, residual, sums, sums.clone(), moments, *given, 1.0, False, False)),
+            (genfast.bn_backward, (dy, x, residual, None, None, moments, *given, 20.0, True, True)),
+            (
+                genfast.bn_act_,
+                (torch.empty_like(x), None, None, moments, None, x, None, residual, None, None, None, samples, 20, 1, groups, 1e-5, 0.0)
+                + options,
+            ),
         ]:
             assert set(torch.library.opcheck(operator, arguments, test_utils=tests).values()) == {"SUCCESS"}
 

@@ -72,7 +72,8 @@ struct BnCoefficientsParams {
   double* gradients;      // (2, samples, channels): of bias and weight, by sample; or nullptr
   const double* moments;  // (2, samples, channels): mean, variance
   const double* sums;     // (2, samples, channels) of pass Sums, or nullptr
-  const double* means;    // (2, samples, channels): sums by the elements that share a mean; nullptr where mean and variance are given
+  const double* totals;   // (2, samples, channels): sums of all that `elements` counts; nullptr where mean and variance are given
+  double elements;        // that share a mean
   const void* weight;     // (channels,), or nullptr
   const void* bias;       // (channels,), or nullptr
   int64_t samples, channels, groups;
@@ -83,7 +84,7 @@ struct BnCoefficientsParams {
 // What the channels of a group share.
 struct BnGroup {
   double mean, inverse;  // inverse: 1 / sqrt(var + eps)
-  double means[2];       // of weight * g and weight * g * v, where there are means
+  double means[2];       // of weight * g and weight * g * v; 0 where mean and variance are given
 };
 GF_HD BnGroup bn_group_of(const BnCoefficientsParams& p, int64_t sample, int64_t group) {
   const int64_t size = p.samples * p.channels, members = p.channels / p.groups;
@@ -97,10 +98,10 @@ GF_HD BnGroup bn_group_of(const BnCoefficientsParams& p, int64_t sample, int64_t
     variance += p.moments[size + first + j] + apart * apart;
   }
   g.inverse = 1.0 / sqrt_rn(variance / static_cast<double>(members) + p.eps);
-  for (int64_t j = 0; p.means && j < members; ++j) {
+  for (int64_t j = 0; p.totals && j < members; ++j) {
     const double w = p.weight ? value_at(p.weight, p.weight_dtype, channel + j) : 1.0;
-    g.means[0] += w * p.means[first + j];
-    g.means[1] += w * p.means[size + first + j];
+    g.means[0] += w * (p.totals[first + j] / p.elements);
+    g.means[1] += w * (p.totals[size + first + j] / p.elements);
   }
   return g;
 }
