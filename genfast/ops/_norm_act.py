@@ -101,7 +101,8 @@ def norm_act(
 ) -> tuple[Tensor, Tensor]:
     """``gain * act(weight * (x - mean) / sqrt(var + eps) + bias + residual)`` and the moments; ``plain`` is the first in torch's operators."""
     if wanted((x, weight, bias, residual)):
-        result: tuple[Tensor, Tensor] = _differentiable(x, weight, bias, residual, statistics, activation, plain)
+        function = _differentiable if torch.compiler.is_compiling() else _NormAct.apply
+        result: tuple[Tensor, Tensor] = function(x, weight, bias, residual, statistics, activation, plain)  # type: ignore[no-untyped-call]
         return result
     return _apply(x, weight, bias, residual, statistics, activation)
 

@@ -59,7 +59,7 @@ def test_gradients(emulated: Any, schedule: None, spec: OpSpec, case: SpecCase, 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(3, 12, 5, 7), (2, 24, 4, 8), (5, 6, 33, 34)], ids=str)
 def test_samples_have_statistics_of_their_own(emulated: Any, schedule: None, shape: tuple[int, ...], layout: str) -> None:
-    """Group normalisation with a residual and its gradients: one launch a pass, in both layouts."""
+    """Group normalisation with a residual and its gradients: one call forward and one backward, in both layouts."""
     random = torch.Generator().manual_seed(0)
     x, residual = (torch.randn(shape, generator=random, dtype=torch.float64).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))
     given = [x, residual, torch.randn(shape[1], generator=random).double(), torch.randn(shape[1], generator=random).double()]
