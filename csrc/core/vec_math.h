@@ -103,6 +103,12 @@ struct DoubleMath {
   }
 };
 
+// One activation alone, in line: for loops that would otherwise wait for it.
+template <Act kAct>
+struct InlineMath {
+  static GF_INLINE VFloat smooth(Act, int order, VFloat u) { return smooth_activation<FloatMath, float>(kAct, order, u); }
+};
+
 template <class T>
 struct MathOf {
   using type = FloatMath;
@@ -126,6 +132,14 @@ GF_INLINE T total(Vec<T> v) {
     for (int i = 0; i < half; ++i) lanes[i] += lanes[half + i];
   }
   return lanes[0];
+}
+
+// The last n lanes; 0 before them.
+template <class T>
+GF_INLINE Vec<T> last_lanes(Vec<T> v, int64_t n) {
+  using Bits = VecBits<T>;
+  Bits keep[2]{Bits{}, ~Bits{}};
+  return (Vec<T>)((Bits)v & load_raw<Bits>(reinterpret_cast<const T*>(keep) + n));
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(4, 3, 5, 7), (3, 17, 4, 4), (2, 5, 90, 100)], ids=str)
+@pytest.mark.parametrize("shape", [(19, 3, 5, 7), (3, 17, 4, 4), (20, 32, 2, 2), (2, 5, 90, 100), (2, 2, 103, 159)], ids=str)
 def test_a_training_run_equals_torchs_module(shape: tuple[int, ...], layout: torch.memory_format, isa: str) -> None:
     """Three steps in training and one in evaluation, with running statistics, against nn.BatchNorm2d and autograd."""
     module, channels = nn.BatchNorm2d(shape[1], momentum=0.3).double(), shape[1]

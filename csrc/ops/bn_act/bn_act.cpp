@@ -88,10 +88,9 @@ void bn_act_(const OptionalTensor& out, const OptionalTensor& g, const OptionalT
   const bool applying = asked == Which::Apply || asked == Which::MomentsApply;
   const bool summing = asked == Which::Sums || asked == Which::SumsBackward;
   const bool backward = asked == Which::Backward || asked == Which::SumsBackward;
-  check(out.has_value() == (applying || backward) && dy.has_value() == (summing || backward) &&
-            (!g.has_value() || summing) && (sums.has_value() == summing || asked == Which::Backward) &&
-            gradients.has_value() == (backward && sums.has_value()) && (!totals.has_value() || (asked == Which::Backward && elements > 0.0)) &&
-            (asked != Which::Moments || !residual.has_value()),
+  check(out.has_value() == (applying || backward) && dy.has_value() == (summing || backward) && (!g.has_value() || summing) &&
+            (sums.has_value() == summing || asked == Which::Backward) && gradients.has_value() == (backward && sums.has_value()) &&
+            (!totals.has_value() || (asked == Which::Backward && elements > 0.0)) && (asked != Which::Moments || !residual.has_value()),
         "out, g, sums, moments, gradients, dy, residual, totals: got others than ", which, " takes, supported: those of csrc/ops/bn_act");
 
   BnActParams p{};

@@ -6,9 +6,9 @@ namespace genfast {
 
 struct BnActTask {
   BnActParams p;
-  const void* coef;                  // T: coefficient k of sample s from s * coef_sample + k * coef_row on
-  int64_t coef_sample, coef_row;     // there are as many of each as channels, or with short rows `repeat`
-  void* partial;                     // T: (2, units, 1 or repeat): sums of a unit, with short rows by place; nullptr without sums
+  const void* coef;               // T: coefficient k of sample s from s * coef_sample + k * coef_row on
+  int64_t coef_sample, coef_row;  // there are as many of each as channels, or with short rows `repeat`
+  void* partial;                  // T: (2, units, 1 or repeat): sums of a unit, with short rows by place; nullptr without sums
   int64_t units;
   int64_t depth, chunks;  // long rows: rows of a unit, units of a row; one of the two is 1
   int64_t blocks;         // of a sample: runs of `depth` rows of a channel, or of `block` elements of short rows

@@ -17,7 +17,8 @@ enum class BnPass : int32_t {
 };
 enum BnCoefficient : int { kCenter = 0, kScale = 1, kShift = 2, kP = 3, kQ = 4, kR = 5 };
 constexpr int kBnCoefficients = 6;
-// How many of them a pass reads: the first, whatever their number. Moments reads the element around which it sums in the place of the center.
+// How many of them a pass reads: the first, whatever their number. Moments reads the element around which it sums in the place of the
+// center.
 constexpr int used_coefficients(BnPass pass) {
   return pass == BnPass::Moments ? 1 : pass == BnPass::Backward ? kBnCoefficients : kShift + 1;
 }
@@ -130,8 +131,8 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) {
 }
 
 // CPU. A unit of long rows (sample, outer, channel) is a run of a channel's rows, up to kBnDepth of them or kBnRun elements, and of rows
-// longer than kBnChunk a chunk of one. Short rows are not looked at one by one: a sample is then a run of periods, channels * inner elements
-// each, over which the coefficients repeat.
+// longer than kBnChunk a chunk of one. Short rows are not looked at one by one: a sample is then a run of periods, channels * inner
+// elements each, over which the coefficients repeat.
 constexpr int64_t kBnShortRow = 16;
 constexpr int64_t kBnChunk = 16384 - kBnShortRow;  // the last one has up to kBnShortRow - 1 more, so that none is shorter than a vector
 constexpr int64_t kBnRun = 2048;
