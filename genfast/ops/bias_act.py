@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from genfast.reference.bias_act import ACTIVATIONS, bias_act_derivative
 
 from . import _backend
+from ._activations import CODES, curve_of
 from ._autograd import refuse_lost_derivatives, tangent_rule, wanted
-from ._checks import check_dtype, check_tensor, refusal
+from ._checks import check_floating, check_tensor, refusal
 
-_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 _STRAIGHT = ("linear", "relu", "lrelu")  # zero from the second derivative on
 _HIGHEST = 3
 
@@ -64,31 +65,23 @@ def bias_act(
     (float64 for float64) and rounded once; a NaN stays a NaN. Differentiable to every order in ``x`` and ``b``: docs/derivatives.md.
     Raises ValueError for anything else.
     """
-    check_dtype("x", x.dtype)
-    if act not in ACTIVATIONS:
-        raise refusal("act", repr(act), ", ".join(ACTIVATIONS))
-    if not -max(x.ndim, 1) <= dim < max(x.ndim, 1):
+    check_floating("x", x)
+    if not isinstance(dim, int) or not -max(x.ndim, 1) <= dim < max(x.ndim, 1):
         raise refusal("dim", dim, f"a dimension of x, which has {x.ndim}")
     if b is not None:
         if x.ndim == 0:
             raise refusal("b", "a bias for an x without dimensions", "an x of at least one dimension")
         check_tensor("b", b, (x.shape[dim],), x.dtype, x.device)
-    if clamp is not None and not clamp >= 0:
-        raise refusal("clamp", clamp, "a number of at least 0, or None")
-    known = ACTIVATIONS[act]
-    dim = dim % max(x.ndim, 1)
-    curve = _Curve(dim, act, float(known.alpha if alpha is None else alpha), float(known.gain if gain is None else gain), clamp)
+    curve = _Curve(dim % max(x.ndim, 1), *curve_of(act, alpha, gain, clamp))
     if wanted((x, b)):
-        result: Tensor = _differentiable(x, b, curve)
+        result: Tensor = (_differentiable if torch.compiler.is_compiling() else _derivative)(None, x, b, curve, 0, False)[0]
         return result
     return _kernel(None, x, b, curve, 0, False)[0]
 
 
 def _kernel(factor: Tensor | None, x: Tensor, b: Tensor | None, curve: _Curve, order: int, sums: bool) -> list[Tensor]:
     dim, act, alpha, gain, clamp = curve
-    results: list[Tensor] = torch.ops.genfast.bias_act(
-        factor, x, b, dim, _CODES[act], alpha, gain, None if clamp is None else float(clamp), order, sums
-    )
+    results: list[Tensor] = torch.ops.genfast.bias_act(factor, x, b, dim, CODES[act], alpha, gain, clamp, order, sums)
     return results
 
 
@@ -96,17 +89,19 @@ def _kernel(factor: Tensor | None, x: Tensor, b: Tensor | None, curve: _Curve, o
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _differentiable(x: Tensor, b: Tensor | None, curve: _Curve) -> Tensor:
-    return _derivative(None, x, b, curve, 0, False)[0]
+def _differentiable(*arguments: Any) -> tuple[Tensor, ...]:
+    return _derivative(*arguments)
 
 
 def _derivative(factor: Tensor | None, x: Tensor, b: Tensor | None, curve: _Curve, order: int, sums: bool) -> tuple[Tensor, ...]:
     """``factor * C^(order)(x + b)`` and, with ``sums``, that summed over all dimensions but ``dim``; differentiable in all three."""
-    if order < _HIGHEST:
-        results: tuple[Tensor, ...] = _BiasAct.apply(factor, x, b, curve, order, sums)  # type: ignore[no-untyped-call]
-        return results
     if not wanted((factor, x, b)):
         return tuple(_kernel(factor, x, b, curve, order, sums))
+    if order < _HIGHEST:
+        forward_mode = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        function = _BiasAct if forward_mode else _BiasActReverse
+        results: tuple[Tensor, ...] = function.apply(factor, x, b, curve, order, sums)  # type: ignore[no-untyped-call]
+        return results
     out = bias_act_derivative(factor, x, b, *curve, order)
     return (out, _summed(out, curve.dim)) if sums else (out,)
 
@@ -187,6 +182,21 @@ class _BiasAct(torch.autograd.Function):
         (out,) = _derivative(None if factor is None else front(factor, dims[0]), x, b, curve, order, False)
         results = (out, _summed(out, curve.dim, 1)) if sums else (out,)
         return results, (0,) * len(results)
+
+
+class _BiasActReverse(torch.autograd.Function):
+    """`_BiasAct` for reverse mode alone. One function for forward and context: with two, which forward mode and torch.func need, torch binds
+    the arguments to the signature at every call, which takes longer than a small picture."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, factor: Tensor | None, x: Tensor, b: Tensor | None, curve: _Curve, order: int, sums: bool
+    ) -> tuple[Tensor, ...]:
+        results = tuple(_kernel(factor, x, b, curve, order, sums))
+        _BiasAct.setup_context(ctx, (factor, x, b, curve, order, sums), results)
+        return results
+
+    backward = _BiasAct.backward
 
 
 # ---- the operators -----------------------------------------------------------------------------------------------------------
