@@ -19,7 +19,7 @@ from ._attention_blocks import Inputs, unit, whole
 from ._attention_tangent import tangent
 from ._autograd import refuse_lost_derivatives, tangent_rule, wanted
 from ._backend import implementations
-from ._checks import check_dtype, check_tensor, readable, refusal
+from ._checks import check_floating, check_is_tensor, check_tensor, readable, refusal
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, bool causal, float scale"
 _library.define("attention_", f"(Tensor(a!) o, Tensor(b!) lse, {_INPUTS}) -> ()")
@@ -68,9 +68,11 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float | None
 ) -> tuple[Tensor | None, Tensor | None, float]:
     """``bias`` and ``mask`` in four dimensions, and the scale."""
+    check_floating("q", q)
+    check_is_tensor("k", k)
+    check_is_tensor("v", v)
     if q.ndim != 4:
         raise refusal("q", f"shape {tuple(q.shape)}", "(B, H, N, D)")
-    check_dtype("q", q.dtype)
     batch, heads, n, d = q.shape
     if d == 0:
         raise refusal("q", "a head dimension of 0", "1 and more")
