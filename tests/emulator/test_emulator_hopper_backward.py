@@ -60,6 +60,12 @@ def test_keys_and_queries_that_see_nothing(emulated: Any) -> None:
     assert not dq[0, 0, :291].any() and dq[0, 0, 291:].any()
 
 
+def test_keys_beyond_the_last(emulated: Any) -> None:
+    """They arrive as zeros, whose scores tower above those of the real keys."""
+    q, k, v = inputs(torch.bfloat16, 20, 150, 64)
+    run(emulated, q - 4, k + 4, v)
+
+
 def test_nan_stays_with_its_query(emulated: Any) -> None:
     q, k, v = inputs(torch.bfloat16, 20, 150, 64)
     do = draw((1, 1, 20, 64), torch.bfloat16, 10)

@@ -197,8 +197,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
         if (left < kWalked || (f.causal && seen + 64 * group < kWalked)) {
 #pragma unroll
           for (int i = 0; i < kWalked / 2; ++i) {
-            const int visible = f.causal ? seen + row + i / 2 % 2 * 8 : left, column = 8 * (i / 4) + 2 * t + i % 2;
-            if (column >= visible || column >= left) score[i] = kMinusInfinity;
+            if (8 * (i / 4) + 2 * t + i % 2 >= (f.causal ? seen + row + i / 2 % 2 * 8 : left)) score[i] = kMinusInfinity;
           }
         }
       }
