@@ -103,6 +103,12 @@ struct DoubleMath {
   }
 };
 
+// One activation alone, in line: for loops that would otherwise wait for it.
+template <Act kAct>
+struct InlineMath {
+  static GF_INLINE VFloat smooth(Act, int order, VFloat u) { return smooth_activation<FloatMath, float>(kAct, order, u); }
+};
+
 template <class T>
 struct MathOf {
   using type = FloatMath;
@@ -115,6 +121,25 @@ struct MathOf<double> {
 template <class T>
 GF_INLINE Vec<T> curve_of(const Curve<T>& c, Vec<T> u) {
   return curve_at<typename MathOf<T>::type>(c, u);
+}
+
+// The sum of the lanes, halves folded together.
+template <class T>
+GF_INLINE T total(Vec<T> v) {
+  T lanes[kCount<T>];
+  store(lanes, v);
+  for (int half = kCount<T> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[half + i];
+  }
+  return lanes[0];
+}
+
+// The last n lanes; 0 before them.
+template <class T>
+GF_INLINE Vec<T> last_lanes(Vec<T> v, int64_t n) {
+  using Bits = VecBits<T>;
+  Bits keep[2]{Bits{}, ~Bits{}};
+  return (Vec<T>)((Bits)v & load_raw<Bits>(reinterpret_cast<const T*>(keep) + n));
 }
 
 }  // namespace

@@ -28,13 +28,17 @@ _INPUT_TERMS = (0, 3, 4)  # where a row holds its first three inputs: x, h0, h1
 _DERIVATIVE = "an input with a gradient, a tangent or inside a torch.func transform"
 
 
-def _carried(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether a gradient or a tangent flows through one of ``tensors``."""
+def _carried(values: Iterable[Any]) -> bool:
+    """Whether a gradient or a tangent flows through one of the tensors among ``values`` and the lists in them."""
     gradient, transform, tangent = torch.is_grad_enabled(), torch._C._are_functorch_transforms_active(), forward_ad._current_level >= 0
     if not (gradient or transform or tangent):
         return False
-    for t in tensors:  # a plain loop: every call of an operator comes through here
-        if t is None:
+    for t in values:  # a plain loop: every call of an operator comes through here
+        if isinstance(t, list):
+            if _carried(t):
+                return True
+            continue
+        if not isinstance(t, Tensor):
             continue
         if gradient and t.requires_grad:
             return True
@@ -114,12 +118,13 @@ def solver_step(
 def refuse_lost_derivatives(name: str, instead: str) -> None:
     """Where the operator ``name``, called straight or found by a tracer, would lose a derivative without a word, it refuses."""
 
+    operator = getattr(torch.ops.genfast, name).default
+
     def kernel(*arguments: Any) -> Any:
-        tensors = [t for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
-        if _carried(tensors):
+        if _carried(arguments):
             raise refusal(f"torch.ops.genfast.{name}", _DERIVATIVE, f"none of these; call {instead} outside torch.compile")
         with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.genfast, name).default(*arguments)
+            return operator(*arguments)
 
     implementations.impl(name, kernel, "Autograd")
 

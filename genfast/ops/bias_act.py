@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from genfast.reference.bias_act import ACTIVATIONS, bias_act_derivative
 
@@ -73,7 +74,7 @@ def bias_act(
         check_tensor("b", b, (x.shape[dim],), x.dtype, x.device)
     curve = _Curve(dim % max(x.ndim, 1), *curve_of(act, alpha, gain, clamp))
     if wanted((x, b)):
-        result: Tensor = _differentiable(x, b, curve)
+        result: Tensor = (_differentiable if torch.compiler.is_compiling() else _derivative)(None, x, b, curve, 0, False)[0]
         return result
     return _kernel(None, x, b, curve, 0, False)[0]
 
@@ -88,17 +89,19 @@ def _kernel(factor: Tensor | None, x: Tensor, b: Tensor | None, curve: _Curve, o
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _differentiable(x: Tensor, b: Tensor | None, curve: _Curve) -> Tensor:
-    return _derivative(None, x, b, curve, 0, False)[0]
+def _differentiable(*arguments: Any) -> tuple[Tensor, ...]:
+    return _derivative(*arguments)
 
 
 def _derivative(factor: Tensor | None, x: Tensor, b: Tensor | None, curve: _Curve, order: int, sums: bool) -> tuple[Tensor, ...]:
     """``factor * C^(order)(x + b)`` and, with ``sums``, that summed over all dimensions but ``dim``; differentiable in all three."""
-    if order < _HIGHEST:
-        results: tuple[Tensor, ...] = _BiasAct.apply(factor, x, b, curve, order, sums)  # type: ignore[no-untyped-call]
-        return results
     if not wanted((factor, x, b)):
         return tuple(_kernel(factor, x, b, curve, order, sums))
+    if order < _HIGHEST:
+        forward_mode = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        function = _BiasAct if forward_mode else _BiasActReverse
+        results: tuple[Tensor, ...] = function.apply(factor, x, b, curve, order, sums)  # type: ignore[no-untyped-call]
+        return results
     out = bias_act_derivative(factor, x, b, *curve, order)
     return (out, _summed(out, curve.dim)) if sums else (out,)
 
@@ -179,6 +182,21 @@ class _BiasAct(torch.autograd.Function):
         (out,) = _derivative(None if factor is None else front(factor, dims[0]), x, b, curve, order, False)
         results = (out, _summed(out, curve.dim, 1)) if sums else (out,)
         return results, (0,) * len(results)
+
+
+class _BiasActReverse(torch.autograd.Function):
+    """`_BiasAct` for reverse mode alone. One function for forward and context: with two, which forward mode and torch.func need, torch binds
+    the arguments to the signature at every call, which takes longer than a small picture."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, factor: Tensor | None, x: Tensor, b: Tensor | None, curve: _Curve, order: int, sums: bool
+    ) -> tuple[Tensor, ...]:
+        results = tuple(_kernel(factor, x, b, curve, order, sums))
+        _BiasAct.setup_context(ctx, (factor, x, b, curve, order, sums), results)
+        return results
+
+    backward = _BiasAct.backward
 
 
 # ---- the operators -----------------------------------------------------------------------------------------------------------

@@ -58,22 +58,26 @@ def bn_act(
         if shared is not None:
             raise refusal("process_group", "a tangent or a torch.func transform", "reverse mode over several ranks")
         return reference.bn_act(x, weight, bias, running_mean, running_var, training, momentum, eps, act, alpha, gain, residual)
-    if training:
-        moments: Tensor = torch.ops.genfast.bn_moments(x.detach(), False)
-        count: float | Tensor = x.numel() / channels
-        if shared is not None:
-            moments, count = _merged(moments, x.numel() / channels, shared)
-        with torch.no_grad():
-            for running, value in ((running_mean, moments[0, 0]), (running_var, moments[1, 0] * (count / (count - 1)))):
-                if running is not None:
-                    running.lerp_(value.to(running.dtype), momentum)
-        reduce = None if shared is None else lambda sums: all_reduce(sums, shared)
-        statistics = Statistics(moments, channels, eps, count, reduce)
+    count: float | Tensor = x.numel() / max(channels, 1)
+    if shared is not None:
+        moments, count = _merged(torch.ops.genfast.bn_moments(x.detach()), x.numel() / channels, shared)
+        statistics = Statistics(moments, False, channels, eps, count, lambda sums: all_reduce(sums, shared))
+    elif training:
+        statistics = Statistics(None, False, channels, eps, count)
     else:
         assert running_mean is not None and running_var is not None
         running_mean, running_var = running_mean.detach().clone(), running_var.detach().clone()
-        statistics = Statistics(torch.stack([running_mean.double(), running_var.double()])[:, None], channels, eps, None)
-    return norm_act(x, weight, bias, residual, statistics, chosen, plain)
+        moments = torch.stack([running_mean.double(), running_var.double()])[:, None]
+        statistics = Statistics(moments, False, channels, eps, None)
+    y, moments = norm_act(x, weight, bias, residual, statistics, chosen, plain)
+    if training and (running_mean is not None or running_var is not None):
+        with torch.no_grad():
+            mean, var = moments.unbind()
+            if running_mean is not None:
+                running_mean.lerp_(mean[0].to(running_mean.dtype), momentum)
+            if running_var is not None:
+                running_var.lerp_((var[0] * (count / (count - 1))).to(running_var.dtype), momentum)
+    return y
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -97,7 +97,7 @@ def conv_block(
     if wanted((y, bias, residual)) and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
         return plain(y, None, bias, residual)
     none = torch.stack([torch.zeros(1, y.shape[1]), torch.ones(1, y.shape[1])]).to(device=y.device, dtype=torch.float64)
-    return norm_act(y, None, bias, residual, Statistics(none, y.shape[1], 0.0, None), chosen, plain)
+    return norm_act(y, None, bias, residual, Statistics(none, False, y.shape[1], 0.0, None), chosen, plain)[0]
 
 
 def _along(scale: Tensor, weight: Tensor, groups: int, transposed: bool) -> Tensor:

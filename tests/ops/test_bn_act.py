@@ -16,7 +16,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(4, 3, 5, 7), (3, 17, 4, 4), (2, 5, 90, 100)], ids=str)
+@pytest.mark.parametrize("shape", [(19, 3, 5, 7), (3, 17, 4, 4), (20, 32, 2, 2), (2, 5, 90, 100), (2, 2, 103, 159)], ids=str)
 def test_a_training_run_equals_torchs_module(shape: tuple[int, ...], layout: torch.memory_format, isa: str) -> None:
     """Three steps in training and one in evaluation, with running statistics, against nn.BatchNorm2d and autograd."""
     module, channels = nn.BatchNorm2d(shape[1], momentum=0.3).double(), shape[1]
@@ -99,17 +99,22 @@ def test_opcheck() -> None:
     options = (3, 0.0, 1.5)  # act, alpha, gain
     for samples, groups in ((1, 4), (2, 2)):
         moments = normal(2, samples, 4, seed=1).square()
-        given = (moments, normal(4, seed=2), None, groups, 1e-5, *options)
-        dy, residual, coef = x.clone(), x.clone(), normal(6, samples, 4)
+        given = (normal(4, seed=2), None, groups, 1e-5, *options)
+        dy, residual, sums = x.clone(), x.clone(), normal(2, samples, 4)
         for operator, arguments in [
-            (genfast.bn_moments, (x, samples > 1)),
-            (genfast.bn_apply, (x, residual, *given)),
-            (genfast.bn_sums, (dy, x, None, *given, False)),
-            (genfast.bn_sums, (dy, x, residual, *given, True)),
-            (genfast.bn_backward, (dy, x, residual, None, None, *given)),
-            (genfast.bn_backward, (dy, x, residual, moments.clone(), moments.clone(), *given)),
-            (genfast.bn_act_, (torch.empty_like(x), None, x, None, residual, coef, samples, 20, 1, *options)),
-            (genfast.bn_coefficients_, (coef, None, moments, None, None, None, None, groups, 1e-5)),
+            (genfast.bn_moments, (x,)),
+            (genfast.bn_apply, (x, residual, moments, False, *given)),
+            (genfast.bn_apply, (x, None, None, samples > 1, *given)),
+            (genfast.bn_sums, (dy, x, None, moments, *given, False)),
+            (genfast.bn_sums, (dy, x, residual, moments, *given, True)),
+            (genfast.bn_backward, (dy, x, residual, None, None, moments, *given, 0.0, False, False)),
+            (genfast.bn_backward, (dy, x, residual, sums, sums.clone(), moments, *given, 1.0, False, False)),
+            (genfast.bn_backward, (dy, x, residual, None, None, moments, *given, 20.0, True, True)),
+            (
+                genfast.bn_act_,
+                (torch.empty_like(x), None, None, moments, None, x, None, residual, None, None, None, samples, 20, 1, groups, 1e-5, 0.0)
+                + options,
+            ),
         ]:
             assert set(torch.library.opcheck(operator, arguments, test_utils=tests).values()) == {"SUCCESS"}
 

@@ -61,12 +61,13 @@ void long_rows_of(const BiasActTask& t, int64_t first, int64_t last) {
     for (; i + kUnrolled * kWidth <= n; i += kUnrolled * kWidth)
       unroll<kUnrolled>([&]<int k>() __attribute__((always_inline)) { sum[k] += bias_act_vector(curve, at, i + k * kWidth, b); });
     for (; i + kWidth <= n; i += kWidth) sum[0] += bias_act_vector(curve, at, i, b);
-    if (i < n) sum[1] += bias_act_tail(curve, at, i, n - i, b);
+    if (i < n && n >= kWidth) {  // the last vector overlaps the one before, with the same results
+      sum[1] += last_lanes<T>(bias_act_vector(curve, at, n - kWidth, b), n - i);
+    } else if (i < n) {
+      sum[1] += bias_act_tail(curve, at, i, n - i, b);
+    }
     if (!t.partial) continue;
-    const Vec<T> lanes = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    T total = 0;
-    for (int k = 0; k < kWidth; ++k) total += lanes[k];
-    static_cast<T*>(t.partial)[unit] = total;
+    static_cast<T*>(t.partial)[unit] = total<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
 }
 

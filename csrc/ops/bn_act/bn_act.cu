@@ -184,9 +184,9 @@ __global__ void __launch_bounds__(256) sums_kernel(const __grid_constant__ BnAct
 __global__ void __launch_bounds__(256) coefficients_kernel(const __grid_constant__ BnCoefficientsParams p) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.samples * p.channels; i += step) {
-    const int64_t sample = i / p.channels;
-    p.dtype == DType::F64 ? bn_coefficients_at<double>(p, sample, i - sample * p.channels)
-                          : bn_coefficients_at<float>(p, sample, i - sample * p.channels);
+    const int64_t sample = i / p.channels, channel = i - sample * p.channels;
+    const BnGroup group = bn_group_of(p, sample, channel / (p.channels / p.groups));
+    p.dtype == DType::F64 ? bn_coefficients_at<double>(p, sample, channel, group) : bn_coefficients_at<float>(p, sample, channel, group);
   }
 }
 

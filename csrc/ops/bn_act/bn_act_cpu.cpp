@@ -20,32 +20,44 @@ void run(const BnActParams& p, int64_t element_size) {
   const BnActKernels& kernels = GENFAST_PICK_ISA(kBnActBaseline, kBnActAvx2, kBnActAvx512);
   const int64_t period = p.channels * p.inner, per_sample = p.outer * period, places = p.samples * p.channels;
   const bool is_short = p.inner < kBnShortRow;
-  BnActTask t{p, p.coef, nullptr, 0, ceil_div(p.inner, kBnChunk), 0, 0, 0};
-  t.repeat = p.outer == 1 ? ceil_div(period, 16) * 16 : std::lcm(period, int64_t{16});
-  t.block = t.repeat * std::max<int64_t>(1, kBnBlock / t.repeat);
-  t.blocks = ceil_div(per_sample, t.block);
-  t.units = is_short ? p.samples * t.blocks : p.samples * p.outer * p.channels * t.chunks;
+  BnActTask t{p, p.coef, p.channels, places, nullptr, 0, 1, 1, 0, 0, 0};
+  if (is_short) {
+    t.repeat = p.outer == 1 ? ceil_div(period, 16) * 16 : std::lcm(period, int64_t{16});
+    t.block = t.repeat * std::max<int64_t>(1, kBnBlock / t.repeat);
+    t.blocks = ceil_div(per_sample, t.block);
+    t.units = p.samples * t.blocks;
+  } else {
+    t.depth = std::clamp<int64_t>(kBnRun / p.inner, 1, kBnDepth);
+    t.blocks = ceil_div(p.outer, t.depth);
+    t.chunks = std::max<int64_t>(1, p.inner / kBnChunk + (p.inner % kBnChunk >= kBnShortRow));
+    t.units = p.samples * t.blocks * p.channels * t.chunks;
+  }
 
   std::vector<T> origin;
   if (p.pass == BnPass::Moments) {
     origin.resize(static_cast<size_t>(places));
-    for (int64_t i = 0; i < places; ++i) origin[i] = static_cast<T>(origin_of(p, i / p.channels, i % p.channels));
+    for (int64_t s = 0; s < p.samples; ++s) {
+      for (int64_t c = 0; c < p.channels; ++c) origin[s * p.channels + c] = static_cast<T>(origin_of(p, s, c));
+    }
     t.coef = origin.data();
   }
   std::vector<T> coef;
-  if (is_short) {
-    const int64_t rows = p.pass == BnPass::Moments ? 1 : kBnCoefficients;
-    coef.resize(static_cast<size_t>(p.samples * kBnCoefficients * t.repeat));
+  if (is_short && t.repeat != p.channels) {
+    const int64_t rows = used_coefficients(p.pass);
+    coef.resize(static_cast<size_t>(p.samples * rows * t.repeat));
     for (int64_t s = 0; s < p.samples; ++s) {
       for (int64_t k = 0; k < rows; ++k) {
         const T* from = static_cast<const T*>(t.coef) + k * places + s * p.channels;
-        T* to = coef.data() + (s * kBnCoefficients + k) * t.repeat;
-        for (int64_t i = 0; i < t.repeat; ++i) to[i] = from[i % period / p.inner];
+        T* to = coef.data() + (s * rows + k) * t.repeat;
+        for (int64_t c = 0; c < p.channels; ++c) std::fill_n(to + c * p.inner, p.inner, from[c]);
+        for (int64_t i = period; i < t.repeat; ++i) to[i] = to[i - period];
       }
     }
     t.coef = coef.data();
+    t.coef_sample = rows * t.repeat;
+    t.coef_row = t.repeat;
   }
-  std::unique_ptr<T[]> partial;  // (2, samples, blocks, repeat) or (2, samples, outer, channels, chunks)
+  std::unique_ptr<T[]> partial;  // (2, samples, blocks, repeat) or (2, samples, blocks, channels, chunks)
   if (p.sums) {
     partial.reset(new T[static_cast<size_t>(2 * t.units * (is_short ? t.repeat : 1))]);
     t.partial = partial.get();
@@ -61,17 +73,23 @@ void run(const BnActParams& p, int64_t element_size) {
   for (int64_t k = 0; k < 2; ++k) {
     for (int64_t s = 0; s < p.samples; ++s) {
       double* sums = p.sums + k * places + s * p.channels;
-      for (int64_t group = 0; group < (is_short ? t.blocks : p.outer); ++group) {
-        if (is_short) {
-          for (int64_t i = 0; i < t.repeat; i += period) {  // the last period may end beyond the place of the last element
-            for (int64_t c = 0; c < p.channels; ++c) {
-              for (int64_t j = 0; j < p.inner && i + c * p.inner + j < t.repeat; ++j) sums[c] += *next++;
-            }
-          }
-        } else {
+      for (int64_t block = 0; block < t.blocks; ++block) {
+        if (!is_short) {
           for (int64_t c = 0; c < p.channels; ++c) {
             for (int64_t chunk = 0; chunk < t.chunks; ++chunk) sums[c] += *next++;
           }
+          continue;
+        }
+        for (int64_t i = 0; i < t.repeat; i += period) {  // the last period may end beyond the place of the last element
+          const int64_t n = std::min(period, t.repeat - i);
+          if (p.inner == 1) {
+            for (int64_t c = 0; c < n; ++c) sums[c] += next[c];
+          } else {
+            for (int64_t c = 0; c * p.inner < n; ++c) {
+              for (int64_t j = c * p.inner; j < std::min(n, (c + 1) * p.inner); ++j) sums[c] += next[j];
+            }
+          }
+          next += n;
         }
       }
     }
@@ -99,9 +117,14 @@ void launch_bn_act_cpu(const BnActParams& p) {
 }
 
 void launch_bn_coefficients_cpu(const BnCoefficientsParams& p) {
-  for (int64_t i = 0; i < p.samples * p.channels; ++i) {
-    p.dtype == DType::F64 ? bn_coefficients_at<double>(p, i / p.channels, i % p.channels)
-                          : bn_coefficients_at<float>(p, i / p.channels, i % p.channels);
+  const int64_t members = p.channels / p.groups;
+  for (int64_t s = 0; s < p.samples; ++s) {
+    for (int64_t c = 0; c < p.channels; c += members) {
+      const BnGroup group = bn_group_of(p, s, c / members);
+      for (int64_t j = c; j < c + members; ++j) {
+        p.dtype == DType::F64 ? bn_coefficients_at<double>(p, s, j, group) : bn_coefficients_at<float>(p, s, j, group);
+      }
+    }
   }
 }
 

@@ -17,6 +17,11 @@ enum class BnPass : int32_t {
 };
 enum BnCoefficient : int { kCenter = 0, kScale = 1, kShift = 2, kP = 3, kQ = 4, kR = 5 };
 constexpr int kBnCoefficients = 6;
+// How many of them a pass reads: the first, whatever their number. Moments reads the element around which it sums in the place of the
+// center.
+constexpr int used_coefficients(BnPass pass) {
+  return pass == BnPass::Moments ? 1 : pass == BnPass::Backward ? kBnCoefficients : kShift + 1;
+}
 
 // Memory is (samples, outer, channels, inner); every channel of every sample has coefficients and sums of its own.
 struct BnActParams {
@@ -68,7 +73,8 @@ struct BnCoefficientsParams {
   double* gradients;      // (2, samples, channels): of bias and weight, by sample; or nullptr
   const double* moments;  // (2, samples, channels): mean, variance
   const double* sums;     // (2, samples, channels) of pass Sums, or nullptr
-  const double* means;    // (2, samples, channels): sums by the elements that share a mean; nullptr where mean and variance are given
+  const double* totals;   // (2, samples, channels): sums of all that `elements` counts; nullptr where mean and variance are given
+  double elements;        // that share a mean
   const void* weight;     // (channels,), or nullptr
   const void* bias;       // (channels,), or nullptr
   int64_t samples, channels, groups;
@@ -76,30 +82,41 @@ struct BnCoefficientsParams {
   DType dtype, weight_dtype, bias_dtype;  // of coef: F32 or F64
 };
 
+// What the channels of a group share.
+struct BnGroup {
+  double mean, inverse;  // inverse: 1 / sqrt(var + eps)
+  double means[2];       // of weight * g and weight * g * v; 0 where mean and variance are given
+};
+GF_HD BnGroup bn_group_of(const BnCoefficientsParams& p, int64_t sample, int64_t group) {
+  const int64_t size = p.samples * p.channels, members = p.channels / p.groups;
+  const int64_t channel = group * members, first = sample * p.channels + channel;
+  BnGroup g{0.0, 0.0, {0.0, 0.0}};
+  double variance = 0.0;
+  for (int64_t j = 0; j < members; ++j) g.mean += p.moments[first + j];
+  g.mean /= static_cast<double>(members);
+  for (int64_t j = 0; j < members; ++j) {
+    const double apart = p.moments[first + j] - g.mean;
+    variance += p.moments[size + first + j] + apart * apart;
+  }
+  g.inverse = 1.0 / sqrt_rn(variance / static_cast<double>(members) + p.eps);
+  for (int64_t j = 0; p.totals && j < members; ++j) {
+    const double w = p.weight ? value_at(p.weight, p.weight_dtype, channel + j) : 1.0;
+    g.means[0] += w * (p.totals[first + j] / p.elements);
+    g.means[1] += w * (p.totals[size + first + j] / p.elements);
+  }
+  return g;
+}
+
 template <class T>
-GF_HD void bn_coefficients_at(const BnCoefficientsParams& p, int64_t sample, int64_t channel) {
-  const int64_t size = p.samples * p.channels, members = p.channels / p.groups, at = sample * p.channels + channel;
-  const int64_t first = at - channel % members;
-  double mean = 0.0, variance = 0.0;
-  for (int64_t j = first; j < first + members; ++j) mean += p.moments[j];
-  mean /= static_cast<double>(members);
-  for (int64_t j = first; j < first + members; ++j) {
-    const double apart = p.moments[j] - mean;
-    variance += p.moments[size + j] + apart * apart;
-  }
-  const double inverse = 1.0 / sqrt_rn(variance / static_cast<double>(members) + p.eps);
-  const double gamma = p.weight ? value_at(p.weight, p.weight_dtype, channel) : 1.0;
-  double row[kBnCoefficients] = {mean, gamma * inverse, p.bias ? value_at(p.bias, p.bias_dtype, channel) : 0.0, gamma * inverse, 0.0, 0.0};
-  if (p.means) {
-    double shared[2] = {0.0, 0.0};  // the group's means of weight * g and weight * g * v
-    for (int64_t j = first; j < first + members; ++j) {
-      const double w = p.weight ? value_at(p.weight, p.weight_dtype, j - sample * p.channels) : 1.0;
-      shared[0] += w * p.means[j];
-      shared[1] += w * p.means[size + j];
-    }
-    row[kQ] = -inverse * inverse * inverse * shared[1];
-    row[kR] = -inverse * shared[0];
-  }
+GF_HD void bn_coefficients_at(const BnCoefficientsParams& p, int64_t sample, int64_t channel, const BnGroup& group) {
+  const int64_t size = p.samples * p.channels, at = sample * p.channels + channel;
+  const double inverse = group.inverse, scale = p.weight ? value_at(p.weight, p.weight_dtype, channel) * inverse : inverse;
+  const double row[kBnCoefficients] = {group.mean,
+                                       scale,
+                                       p.bias ? value_at(p.bias, p.bias_dtype, channel) : 0.0,
+                                       scale,
+                                       -inverse * inverse * inverse * group.means[1],
+                                       -inverse * group.means[0]};
   for (int k = 0; k < kBnCoefficients; ++k) static_cast<T*>(p.coef)[k * size + at] = static_cast<T>(row[k]);
   if (p.gradients) {
     p.gradients[at] = p.sums[at];
@@ -113,10 +130,13 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// CPU. A long row (sample, outer, channel) is cut into chunks of this many elements. Short rows are not looked at one by one: a sample is
-// then a run of periods, channels * inner elements each, over which the coefficients repeat.
-constexpr int64_t kBnChunk = 16384;
+// CPU. A unit of long rows (sample, outer, channel) is a run of a channel's rows, up to kBnDepth of them or kBnRun elements, and of rows
+// longer than kBnChunk a chunk of one. Short rows are not looked at one by one: a sample is then a run of periods, channels * inner
+// elements each, over which the coefficients repeat.
 constexpr int64_t kBnShortRow = 16;
+constexpr int64_t kBnChunk = 16384 - kBnShortRow;  // the last one has up to kBnShortRow - 1 more, so that none is shorter than a vector
+constexpr int64_t kBnRun = 2048;
+constexpr int64_t kBnDepth = 8;
 constexpr int64_t kBnBlock = 32768;  // about so many elements of short rows are one unit
 
 // CUDA. A block takes a chunk of a long row. Otherwise a thread takes a few columns of a sample's (outer, channels * inner) matrix and goes

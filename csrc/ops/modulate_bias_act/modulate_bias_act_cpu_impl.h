@@ -54,12 +54,6 @@ GF_INLINE ModulateResult<T> modulate(const Curves<T>& curves, const Modulation<T
 }
 
 template <class T>
-T total(Vec<T> v) {
-  T sum = 0;
-  for (int i = 0; i < kCount<T>; ++i) sum += v[i];
-  return sum;
-}
-template <class T>
 GF_INLINE Vec<T> only(Vec<T> v, int64_t n) {  // the first n lanes
   for (int64_t i = n; i < kCount<T>; ++i) v[i] = 0;
   return v;
