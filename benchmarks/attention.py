@@ -185,7 +185,7 @@ def time_case(case: AttentionCase, dtype: torch.dtype, direction: str, ceiling: 
         tflops = case.flops * (2.5 if backward else 1.0) / t.median * 1e-6
         row: Row = {"case": label, "variant": name, "shape": case.shape, "dtype": str(dtype).removeprefix("torch.")}
         row |= {"median_us": round(t.median, 3), "iqr_us": round(t.iqr, 3), "rounds": t.rounds, "discarded": t.discarded}
-        row |= {"tflops": round(tflops, 3), "share_of_matmul": round(tflops / ceiling, 4)}
+        row |= {"tflops": float(f"{tflops:.4g}"), "share_of_matmul": round(tflops / ceiling, 4)}
         rows.append(row | {"bytes": size, "gflop": round(case.flops * (2.5 if backward else 1.0) / 1e9, 3)} | facts)
     return rows
 

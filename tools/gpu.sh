@@ -1,7 +1,7 @@
 #!/bin/sh
 # gpu.sh OUT [step ...]: on a machine with an NVIDIA GPU, nvcc and a CUDA build of torch, build, test and time. Needs no network.
 # Steps, all by default: build test bench sanitize hopper. None takes ten minutes; one that fails or hangs stops no other. Logs and rows
-# go to OUT as they come, verdicts to OUT/verdicts and the terminal. Machines lent for ten minutes a command: `build test`, `bench`,
+# go to OUT as they come, verdicts to OUT/verdicts and the terminal. Where a command may take ten minutes: `build test`, `bench`,
 # `sanitize`, `hopper`, one after the other.
 #   GENFAST_GPU_WHEEL=FILE   use the libraries of this wheel (GENFAST_CUDA_ARCHS=90a-real make wheel, made ahead) instead of building
 #   GENFAST_GPU_PACKAGES=DIR wheels to install besides, such as diffusers'
