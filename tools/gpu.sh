@@ -64,7 +64,7 @@ for what in "$@"; do
     sanitize:*:*) # without torch's cache of memory, in which an address out of bounds is another tensor's
       name=${what##*:} tool=${what#*:}
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "sanitize-${tool%:*}-$name" 180 compute-sanitizer --tool "${tool%:*}" --error-exitcode 9 \
-        --kernel-regex kns=genfast "$py" -m pytest -m cuda "tests/cuda/test_cuda_$name.py" \
+        --kernel-name kns=genfast "$py" -m pytest -m cuda "tests/cuda/test_cuda_$name.py" \
         -k "not capture and not torch.float16 and not torch.float64"
       ;;
     hopper) # its verdicts as they come: a new kernel may hang
