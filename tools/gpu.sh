@@ -15,7 +15,7 @@ venv=${GENFAST_GPU_VENV:-/tmp/genfast-gpu}
 py=$venv/bin/python
 parent=$(python3 -c 'import sys; print(sys.executable)')
 PATH=$(dirname "$parent"):$PATH:/usr/local/cuda/bin
-export PATH PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
+export CMAKE_BUILD_PARALLEL_LEVEL="$(nproc)" PATH PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
 [ "$arch" = 90 ] && arch=90a
 failed=0
