@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,9 @@ Call = Callable[..., Tensor]
 
 # The reference and its compiled form hold all scores; beyond this many they are left out.
 MOST_SCORES = 2**26
+# Compiling takes most of a GPU's minutes, so there these cases alone; nor is float32, which no tensor core takes, timed beyond so much.
+COMPILED = ("SD1.5, 32x32, self", "DiT-XL/2, 256 px", "GPT-2, causal", "T5, bias of positions")
+MOST_FLOAT32_FLOPS = 1e11
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
 
 
@@ -123,18 +127,19 @@ def _works(call: Call, inputs: list[Tensor | None], backward: bool) -> bool:
 
 def time_case(case: AttentionCase, dtype: torch.dtype, direction: str, ceiling: float, options: Options) -> list[Row]:
     """Microseconds of one pass of every variant; ``direction``: "forward", "backward" (alone, its graph kept) or "tangent"."""
-    generator = torch.Generator().manual_seed(0)
     backward, device = direction == "backward", options.device
+    generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     sides = [(case.batch, rows, case.heads, case.width) for rows in (case.queries, case.keys, case.keys)]
     q, k, v = (draw(*side).transpose(1, 2).requires_grad_(backward) for side in sides)
     bias = None if case.bias is None else draw(*case.bias).requires_grad_(backward)
-    mask = None if case.mask is None else torch.rand(case.mask, generator=generator).to(device) < 0.8
+    mask = None if case.mask is None else torch.rand(case.mask, generator=generator, device=device) < 0.8
     inputs = [q, k, v, bias, mask]
-    compiled = device == "cuda" or (dtype == torch.float32 and not backward and not options.quick)  # compiling takes seconds a case
+    compiles = case.name in COMPILED and dtype == torch.bfloat16 if device == "cuda" else dtype == torch.float32 and not backward
+    compiled = compiles and not options.quick
     torch.compiler.reset()
     calls = {
         name: call
@@ -172,12 +177,16 @@ def time_case(case: AttentionCase, dtype: torch.dtype, direction: str, ceiling: 
     )
     facts = timing.environment(device) | {"command": options.command}
     label = f"{case.name}, {str(dtype).removeprefix('torch.')}, {direction}, {'x'.join(map(str, case.shape))}"
+    # The least a pass can move: q, k, v, o and the bias or mask; the backward pass besides the gradients of all of them but the mask.
+    terms, given = sum(t.nbytes for t in (bias, mask) if t is not None), sum(t.nbytes for t in (q, k, v, q))
+    size = given + terms if not backward else 2 * given + terms + (0 if bias is None else bias.nbytes)
     rows = []
     for name, t in results.items():
         tflops = case.flops * (2.5 if backward else 1.0) / t.median * 1e-6
         row: Row = {"case": label, "variant": name, "shape": case.shape, "dtype": str(dtype).removeprefix("torch.")}
         row |= {"median_us": round(t.median, 3), "iqr_us": round(t.iqr, 3), "rounds": t.rounds, "discarded": t.discarded}
-        rows.append(row | {"tflops": round(tflops, 3), "share_of_matmul": round(tflops / ceiling, 4)} | facts)
+        row |= {"tflops": float(f"{tflops:.4g}"), "share_of_matmul": round(tflops / ceiling, 4)}
+        rows.append(row | {"bytes": size, "gflop": round(case.flops * (2.5 if backward else 1.0) / 1e9, 3)} | facts)
     return rows
 
 
@@ -203,10 +212,14 @@ DECODE = [
 
 def time_decode(case: DecodeCase, dtype: torch.dtype, options: Options) -> list[Row]:
     """Microseconds of one step; torch is handed the part of the cache that is in use."""
-    generator, device = torch.Generator().manual_seed(0), options.device
+    device = options.device
+    generator = torch.Generator(device).manual_seed(0)
     length = min(case.length, 256) if options.quick else case.length
-    q = torch.randn(case.batch, case.heads, 1, case.width, generator=generator).to(device, dtype)
-    k, v = (torch.randn(case.batch, case.kv_heads, length + 64, case.width, generator=generator).to(device, dtype) for _ in range(2))
+
+    def draw(heads: int, rows: int) -> Tensor:
+        return torch.randn(case.batch, heads, rows, case.width, generator=generator, device=device).to(dtype)
+
+    q, k, v = draw(case.heads, 1), draw(case.kv_heads, length + 64), draw(case.kv_heads, length + 64)
     lengths = torch.full((case.batch,), length, dtype=torch.int32, device=device)
     grouped = case.heads != case.kv_heads
     variants: dict[str, Callable[[], object]] = {
@@ -228,7 +241,7 @@ def time_decode(case: DecodeCase, dtype: torch.dtype, options: Options) -> list[
     return [
         row
         | {"variant": variant, "median_us": round(t.median, 3), "iqr_us": round(t.iqr, 3), "rounds": t.rounds, "discarded": t.discarded}
-        | {"gb_per_s": round(moved / t.median * 1e-3, 3)}
+        | {"gb_per_s": round(moved / t.median * 1e-3, 3), "bytes": round(moved)}
         | facts
         for variant, t in results.items()
     ]
@@ -253,15 +266,21 @@ def run(options: Options) -> Iterator[tuple[str, list[Row]]]:
                 continue
             case = shape
             if options.quick:
-                case = replace(shape, queries=min(shape.queries, 64), keys=min(shape.keys, 77), bias=None, mask=None)
+                keys = min(shape.keys, 64 if shape.causal else 77)  # torch's causality is another where keys are not queries
+                case = replace(shape, queries=min(shape.queries, 64), keys=keys, bias=None, mask=None)
             for dtype in dtypes:
+                if options.device == "cuda" and dtype == torch.float32 and case.flops > MOST_FLOAT32_FLOPS:
+                    continue
                 directions = ["forward", "backward"]
                 if case.name == "SD1.5, 32x32, self" and not options.quick:
                     directions.append("tangent")
                 for direction in directions:
-                    rows = time_case(case, dtype, direction, ceilings[dtype], options)
-                    yield rows[0]["case"] + (f", {threads} threads" if threads else ""), rows
+                    label = f"{case.name}, {dtype}, {direction}"
+                    rows = options.attempt(label, partial(time_case, case, dtype, direction, ceilings[dtype], options))
+                    if rows:
+                        yield rows[0]["case"] + (f", {threads} threads" if threads else ""), rows
         for cache in DECODE:
             for dtype in dtypes if options.filter in cache.name else []:
-                rows = time_decode(cache, dtype, options)
-                yield rows[0]["case"] + (f", {threads} threads" if threads else ""), rows
+                rows = options.attempt(f"{cache.name}, {dtype}", partial(time_decode, cache, dtype, options))
+                if rows:
+                    yield rows[0]["case"] + (f", {threads} threads" if threads else ""), rows

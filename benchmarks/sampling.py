@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from benchmarks import timing
 from benchmarks.cases import STEPS
+from benchmarks.gan_training import flop
 from benchmarks.timing import Options, Row
 from genfast import Sampler, ops
 from genfast.train import pictures
@@ -55,12 +58,19 @@ def time_sampling(device: str, threads: int, command: str, quick: bool) -> list[
         torch.set_num_threads(threads)
     if not quick:
         noise = ops.normal(torch.arange(batch, device=device), shape)
-        variants["diffusers"] = stock_loop(denoiser.net, labels, noise)
+        try:
+            variants["diffusers"] = stock_loop(denoiser.net, labels, noise)
+        except ImportError:
+            print("diffusers is not installed: its rows are left out", file=sys.stderr)
     samples = {name: run() for name, run in variants.items()}
     timings = timing.interleave(
         dict(variants), device=device, rounds=3 if quick else 11, round_seconds=0.0, calls_per_run=STEPS, quiet=not quick
     )
-    facts = timing.environment(device) | {"command": command}
+    # The network's convolutions and products, of both halves of the guidance.
+    operations = flop(
+        lambda: denoiser.net(torch.zeros(2 * batch, *shape[1:], device=device), torch.ones(2 * batch, device=device), labels.repeat(2))
+    )
+    facts = timing.environment(device) | {"command": command, "gflop": round(operations / 1e9, 3)}
     rows = []
     for name, t in timings.items():
         row: Row = {"case": f"shipped model, {batch} images, {STEPS} steps", "variant": name, "shape": list(shape), "dtype": "float32"}
@@ -72,5 +82,6 @@ def time_sampling(device: str, threads: int, command: str, quick: bool) -> list[
 def run(options: Options) -> Iterator[tuple[str, list[Row]]]:
     """The shipped model with every number of threads."""
     for threads in options.threads if options.filter in "shipped model" else []:
-        rows = time_sampling(options.device, threads, options.command, options.quick)
-        yield rows[0]["case"] + (f", {threads} threads" if threads else ""), rows
+        rows = options.attempt("shipped model", partial(time_sampling, options.device, threads, options.command, options.quick))
+        if rows:
+            yield rows[0]["case"] + (f", {threads} threads" if threads else ""), rows

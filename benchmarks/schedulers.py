@@ -6,6 +6,7 @@ import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ def time_class(name: str, shape: tuple[int, ...], threads: int, options: Options
     )
     facts = timing.environment(options.device) | {"command": options.command}
     case: Row = {"case": f"{name}, {'x'.join(map(str, shape))}", "shape": list(shape), "dtype": "float32"}
+    case |= {"bytes": 3 * 4 * sample.numel()}  # the least of any solver: sample and model output in, sample out
     return [
         case
         | {"variant": kind, "median_us": round(t.median, 3), "iqr_us": round(t.iqr, 3), "rounds": t.rounds, "discarded": t.discarded}
@@ -100,5 +102,6 @@ def run(options: Options) -> Iterator[tuple[str, list[Row]]]:
             if fused.pathwise and shape == PIXELS:  # torchsde takes seconds a step there, whoever calls it
                 continue
             for threads in options.threads if options.filter in f"{name}, {'x'.join(map(str, shape))}" else []:
-                rows = time_class(name, shape, threads, options)
-                yield rows[0]["case"] + (f", {threads} threads" if threads else ""), rows
+                rows = options.attempt(f"{name}, {'x'.join(map(str, shape))}", partial(time_class, name, shape, threads, options))
+                if rows:
+                    yield rows[0]["case"] + (f", {threads} threads" if threads else ""), rows

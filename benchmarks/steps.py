@@ -51,11 +51,12 @@ def time_steps(case: StepCase, dtype: torch.dtype, device: str, threads: int, co
     fused, plain = Fused(case, ops, dtype, device), Fused(case, reference, dtype, device)
     runs: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"genfast": fused, "reference": plain}
     modes = {"compiled": None, **({"compiled-graphs": "reduce-overhead"} if device == "cuda" else {})}
-    if not quick:
+    if not quick and (device == "cpu" or dtype == torch.float32):  # compiling takes most of a GPU's minutes
         torch.compiler.reset()  # every case compiles afresh, within the limit of recompilations
         for name, mode in modes.items():
             p = fused.program
             runs[name] = CompiledRun(p.coef, p.index, fused.slots, guided=True, mode=mode)
+    if not quick:
         try:
             import diffusers  # noqa: F401
 
@@ -81,13 +82,39 @@ def time_steps(case: StepCase, dtype: torch.dtype, device: str, threads: int, co
     for name, t in timings.items():
         row: Row = {"case": case.name, "variant": name, "shape": list(case.shape), "dtype": str(dtype).removeprefix("torch.")}
         row |= {"median_us": round(t.median, 3), "iqr_us": round(t.iqr, 3), "rounds": t.rounds, "discarded": t.discarded}
+        row |= {"bytes": 2 * x.numel() * x.element_size() if name == "copy" else round(fused.bytes_per_step)}
         if name == "genfast":
             rate = fused.bytes_per_step / t.median
-            row |= {"bytes": round(fused.bytes_per_step), "gb_per_s": round(rate / 1e3, 2), "share_of_copy": round(rate / copy_rate, 3)}
+            row |= {"gb_per_s": round(rate / 1e3, 2), "share_of_copy": round(rate / copy_rate, 3)}
             difference = (results["genfast"] - results["reference"]).abs().max().item()
             row |= {"max_abs_difference_from_reference": difference}
         rows.append(row | facts)
     return rows
+
+
+def time_noise(dtype: torch.dtype, device: str, threads: int, command: str, quick: bool) -> list[Row]:
+    """Microseconds of filling a tensor with the samples' own noise, beside torch's generator and writing a constant."""
+    shape = (2, 3, 16, 16) if quick else (8, 3, 1024, 1024)
+    seeds, target = torch.arange(shape[0], device=device), torch.empty(shape, dtype=dtype, device=device)
+    variants: dict[str, Callable[[], object]] = {
+        "genfast": lambda: ops.normal(seeds, shape, dtype=dtype),
+        "genfast, uniform": lambda: ops.uniform(seeds, shape, dtype=dtype),
+        "torch": lambda: torch.randn(shape, dtype=dtype, device=device),
+        "fill": lambda: target.fill_(1.0),
+    }
+    if device == "cpu":
+        torch.set_num_threads(threads)
+    times = timing.interleave(variants, device=device, rounds=3 if quick else 11, round_seconds=0.005 if quick else 0.05, quiet=not quick)
+    kind = str(dtype).removeprefix("torch.")
+    case: Row = {"case": f"noise, {'x'.join(map(str, shape))}, {kind}", "shape": list(shape), "dtype": kind, "bytes": target.nbytes}
+    facts = timing.environment(device) | {"command": command}
+    return [
+        case
+        | {"variant": name, "median_us": round(t.median, 3), "iqr_us": round(t.iqr, 3), "rounds": t.rounds, "discarded": t.discarded}
+        | {"gb_per_s": round(target.nbytes / t.median / 1e3, 2)}
+        | facts
+        for name, t in times.items()
+    ]
 
 
 def heap_growth(command: str, steps: int) -> list[Row]:
@@ -113,8 +140,15 @@ def run(options: Options) -> Iterator[tuple[str, list[Row]]]:
         cases, dtypes = (step_cases((2, 3, 16, 16), (1, 4, 8, 8)) if options.quick else step_cases()), [torch.float32]
     for case in cases:
         for dtype, threads in itertools.product(dtypes, options.threads) if options.filter in case.name else []:
-            rows = time_steps(case, dtype, options.device, threads, options.command, options.quick)
-            yield f"{case.name}, {rows[0]['dtype']}" + (f", {threads} threads" if threads else ""), rows
+            label = f"{case.name}, {str(dtype).removeprefix('torch.')}" + (f", {threads} threads" if threads else "")
+            rows = options.attempt(label, partial(time_steps, case, dtype, options.device, threads, options.command, options.quick))
+            if rows:
+                yield label, rows
+    for dtype, threads in itertools.product(dtypes, options.threads) if options.filter in "noise" else []:
+        label = f"noise, {str(dtype).removeprefix('torch.')}" + (f", {threads} threads" if threads else "")
+        rows = options.attempt(label, partial(time_noise, dtype, options.device, threads, options.command, options.quick))
+        if rows:
+            yield label, rows
     if options.device == "cpu" and not options.filter:
         rows = heap_growth(options.command, 100 if options.quick else 1000)
         yield rows[0]["case"], rows

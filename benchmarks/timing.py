@@ -6,8 +6,9 @@ import json
 import platform
 import subprocess
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -22,20 +23,55 @@ from genfast.info import cpu_isa
 # away (the runtime then waits a scheduler tick), and the round says nothing about the code.
 NOISY_US = 100.0
 SLOW_SECONDS = 10.0  # a variant that takes longer in all gets fewer rounds, at least three
+CUDA_ROUND_SECONDS, CUDA_SLOW_SECONDS = 0.01, 1.5  # a GPU's clock is quiet, and its minutes are few
 
 
 Row = dict[str, Any]
+Call = Callable[[], object]
+
+
+def _silent(kind: str, number: int, text: str) -> None:
+    pass
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a suite is asked for. ``threads``: the numbers of CPU threads to time with, [0] on a GPU."""
+    """What a suite is asked for.
+
+    ``threads``: the numbers of CPU threads to time with, [0] on a GPU. ``start``: cases before this one were tried elsewhere. ``deadline``,
+    of time.monotonic(): no case begins after it. ``tell(kind, number, text)`` hears of a case that begins ("begin"), fails ("failed") or
+    comes too late ("late").
+    """
 
     device: str
     threads: list[int]
     filter: str
     quick: bool
     command: str
+    start: int = 0
+    deadline: float = float("inf")
+    tell: Callable[[str, int, str], None] = _silent
+    tried: list[str] = field(default_factory=list)
+
+    def attempt(self, name: str, case: Callable[[], list[Row]]) -> list[Row]:
+        """The rows of one case; none where it was tried elsewhere, comes too late or fails: the next one goes on."""
+        number = len(self.tried)
+        self.tried.append(name)
+        if number < self.start:
+            return []
+        if time.monotonic() > self.deadline:
+            self.tell("late", number, name)
+            return []
+        self.tell("begin", number, name)
+        try:
+            return case()
+        except Exception as error:
+            traceback.print_exc()
+            self.tell("failed", number, f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        if self.device == "cuda":
+            torch.cuda.synchronize()  # an error here is the end of this process: its device is lost
+            torch.cuda.empty_cache()
+        return []
 
 
 @dataclass
@@ -99,6 +135,8 @@ def interleave(
     ``quiet``: discard and repeat the rounds during which a core was taken away (CPU only). ``counts_itself``: a call returns the seconds
     that count, where not all of it does.
     """
+    if device == "cuda":
+        round_seconds, slow_seconds = min(round_seconds, CUDA_ROUND_SECONDS), min(slow_seconds, CUDA_SLOW_SECONDS)
     clock = _Clock(device, counts_itself)
     repeats, rounds_of = {}, {}
     for name, call in variants.items():

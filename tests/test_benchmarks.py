@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import report
+from benchmarks import ceilings, report
+from benchmarks import run as runner
 from benchmarks.cases import step_cases
 from benchmarks.composites import StockRun, expression
 from benchmarks.steps import Fused
+from benchmarks.timing import Options, Row
 from genfast import ops
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +59,52 @@ def test_the_timed_variants_compute_the_same(case: object) -> None:
     assert torch.allclose(ours, state[0], rtol=1e-10, atol=1e-10)
     stock = StockRun(case.stock_scheduler(), 20, 7.5)  # type: ignore[attr-defined]
     assert torch.isfinite(stock(x, cond, uncond)).all()
+
+
+def planted(options: Options) -> Iterator[tuple[str, list[Row]]]:
+    """A suite in which cases fail, end the process and hang."""
+
+    def fails() -> list[Row]:
+        raise ValueError("planted")
+
+    cases = {"first": lambda: [{"case": "first"}], "fails": fails, "crashes": lambda: os._exit(3), "hangs": lambda: time.sleep(600) or []}
+    for name, case in {**cases, "last": lambda: [{"case": "last"}]}.items():
+        if rows := options.attempt(name, case):
+            yield name, rows
+
+
+def test_a_suite_goes_on_after_a_case_that_fails_crashes_or_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "CASE_SECONDS", 1.0)
+    told: list[tuple[str, str]] = []
+    options = Options("cpu", [1], "", True, "", tell=lambda kind, number, text: told.append((kind, text)))
+    assert [label for label, _ in runner.supervised("suite", planted, options)] == ["first", "last"]
+    assert told == [
+        ("failed", "suite: fails: ValueError: planted"),
+        ("failed", "suite: the process ended in crashes"),
+        ("failed", "suite: hangs was ended: it took too long"),
+    ]
+
+
+def test_a_case_after_the_deadline_is_left_out() -> None:
+    told: list[tuple[str, int, str]] = []
+    options = Options("cpu", [1], "", True, "", deadline=time.monotonic(), tell=lambda *message: told.append(message))
+    assert list(planted(options)) == []
+    assert told == [("late", number, name) for number, name in enumerate(["first", "fails", "crashes", "hangs", "last"])]
+
+
+def test_shares_of_the_ceilings() -> None:
+    ceiling: list[Row] = [
+        {"variant": "copy", "gb_per_s": 4000.0},
+        {"variant": "matmul bfloat16", "tflops": 800.0},
+        {"variant": "matmul tf32", "tflops": 400.0},
+        {"variant": "launch", "median_us": 2.0},
+    ]
+    row: Row = {"median_us": 20.0, "bytes": 4e7, "gflop": 4.0, "dtype": "bfloat16"}  # 10 us of copying, 5 us of products
+    assert ceilings.share(row, ceiling) == row | {"ceiling": "copy bandwidth", "share_of_ceiling": 0.5}
+    row |= {"gflop": 12.0}  # 15 us
+    assert ceilings.share(row, ceiling) == row | {"ceiling": "matmul bfloat16", "share_of_ceiling": 0.75}
+    assert ceilings.share(row | {"dtype": "float32"}, ceiling)["share_of_ceiling"] == 1.5
+    assert ceilings.share({"median_us": 8.0}, ceiling) == {"median_us": 8.0, "ceiling": "launch latency", "share_of_ceiling": 0.25}
 
 
 def test_report_makes_tables_from_rows_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

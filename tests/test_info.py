@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -57,3 +60,17 @@ def test_brief_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for word in ("torch", "CUDA archs", "CPU ISA", "solver_step"):
         assert word in out
+
+
+def test_rooms_are_there_after_the_import_and_not_before_they_are_named() -> None:
+    code = """
+import sys, genfast
+assert not [name for name in ("genfast.compat", "genfast.train", "genfast.models", "diffusers") if name in sys.modules]
+print(genfast.compat.stylegan.install.__name__, genfast.nn.ConvBlock.__name__, "train" in dir(genfast), "sdpa" in dir(genfast.compat))
+try:
+    genfast.samplerz
+except AttributeError as error:
+    print(error)
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.splitlines() == ["install ConvBlock True True", "module 'genfast' has no attribute 'samplerz'"]

@@ -2,9 +2,10 @@
 
     python tools/stylegan_oracle.py PATH_TO_STYLEGAN3_CHECKOUT
 
-Values and gradients of the operators and their second derivatives in float64, and the StyleGAN2 and StyleGAN3 networks with gradients of
-gradients in float32, which they insist on. The checkout's code runs with its plain PyTorch forms (impl="ref"). Exits 1 if an element
-differs by more than 1e-9 (networks: 1e-4) of the largest.
+Values and gradients of the operators and their second derivatives in float64; in float32, which they insist on, the StyleGAN2 and
+StyleGAN3 networks with gradients of gradients, and the gradients of the four phases of their training, augmented (R1 and path lengths
+included). The checkout's code runs with its plain PyTorch forms (impl="ref"). Exits 1 if an element differs by more than 1e-9
+(networks and training: 1e-4) of the largest.
 """
 
 from __future__ import annotations
@@ -115,11 +116,37 @@ def networks(state: dict[str, dict[str, Tensor]]) -> Iterator[tuple[str, list[Te
         yield name, [y, slope, *grads]
 
 
+def losses(state: dict[str, dict[str, Tensor]]) -> Iterator[tuple[str, list[Tensor]]]:
+    """The gradients of each phase of StyleGAN2's training, regularisers and augmentation included."""
+    two, loss, augment = (importlib.import_module(f"training.{name}") for name in ("networks_stylegan2", "loss", "augment"))
+    common = {"c_dim": 0, "img_resolution": 32, "img_channels": 3, "channel_base": 512, "channel_max": 16, "num_fp16_res": 0}
+    networks = {"G": two.Generator(z_dim=16, w_dim=16, **common), "D": two.Discriminator(**common)}
+    for name, network in networks.items():
+        network.load_state_dict(state.setdefault(f"loss {name}", {k: v.clone() for k, v in network.state_dict().items()}))
+        network.requires_grad_(False)
+    geometry = dict.fromkeys(("xflip", "rotate90", "xint", "scale", "rotate", "aniso", "xfrac"), 1)
+    colour = dict.fromkeys(("brightness", "contrast", "lumaflip", "hue", "saturation", "imgfilter", "noise", "cutout"), 1)
+    pipe = augment.AugmentPipe(**geometry, **colour)
+    pipe.p.fill_(0.5)
+    step = loss.StyleGAN2Loss(torch.device("cpu"), *networks.values(), augment_pipe=pipe, r1_gamma=1, style_mixing_prob=0.9, pl_weight=2)
+    z, c, real = draw(4, 16).float(), torch.zeros(4, 0), draw(4, 3, 32, 32).float()
+    for phase in ("Gmain", "Greg", "Dmain", "Dreg"):
+        network = networks[phase[0]]
+        network.requires_grad_(True)
+        torch.manual_seed(2)
+        step.accumulate_gradients(phase=phase, real_img=real, real_c=c, gen_z=z, gen_c=c, gain=1, cur_nimg=0)
+        yield f"loss {phase}", [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in network.parameters()]
+        network.zero_grad()
+        network.requires_grad_(False)
+
+
 def run(impl: str, state: dict[str, dict[str, Tensor]]) -> Results:
     torch.manual_seed(0)
     results = dict(operators(impl))
-    torch.manual_seed(0)
-    return results | dict(networks(state))
+    for whole in (networks, losses):
+        torch.manual_seed(0)
+        results |= dict(whole(state))
+    return results
 
 
 def forget(*packages: str) -> None:

@@ -17,7 +17,7 @@ for version in 3.11 3.12 3.13 3.14; do
   done
 done
 
-archs="75-real;80-real;86-real;89-real;90a-real;100-real;120"
+archs="${GENFAST_CUDA_ARCHS:-75-real;80-real;86-real;89-real;90a-real;100-real;120}"
 rm -rf dist
 "$py" -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps --wheel-dir dist . \
   --config-settings=wheel.py-api=py3 \

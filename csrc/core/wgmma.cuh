@@ -67,6 +67,17 @@ __device__ __forceinline__ void finished([[maybe_unused]] float x, [[maybe_unuse
 #endif
 }
 
+// The same of many: their bits together are a number whose sign they share.
+template <int kCount>
+__device__ __forceinline__ void finished([[maybe_unused]] const float (&x)[kCount], [[maybe_unused]] void* shared) {
+#if !defined(GF_EMULATE)
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) bits |= __float_as_uint(x[i]);
+  finished(__uint_as_float(bits), shared);
+#endif
+}
+
 // Where thread t of the warpgroup holds what: sums[4 j + 2 h + e] is row 16 (t / 32) + t % 32 / 4 + 8 h, column 8 j + 2 (t % 4) + e. A in
 // registers: a[2 c + h] holds that row's columns 8 c + 2 (t % 4) and the next.
 

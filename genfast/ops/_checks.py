@@ -19,7 +19,31 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
         raise refusal(name, dtype, ", ".join(str(d) for d in DTYPES))
 
 
+def check_is_tensor(name: str, t: object) -> None:
+    if not isinstance(t, Tensor):
+        raise refusal(name, repr(t) if t is None or isinstance(t, (bool, int, float, str)) else f"a {type(t).__name__}", "a tensor")
+
+
+def check_floating(name: str, t: Tensor) -> None:
+    """A tensor of one of `DTYPES`."""
+    check_is_tensor(name, t)
+    check_dtype(name, t.dtype)
+
+
+def check_count(name: str, value: int) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise refusal(name, repr(value), "an integer of at least 1")
+
+
+def number(name: str, value: float) -> float:
+    try:
+        return float(value + 0)  # float() alone would take a string
+    except (TypeError, ValueError, RuntimeError):
+        raise refusal(name, value if isinstance(value, (str, list, tuple)) else f"a {type(value).__name__}", "a number") from None
+
+
 def check_tensor(name: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    check_is_tensor(name, t)
     if t.shape != shape:
         raise refusal(name, f"shape {tuple(t.shape)}", f"{tuple(shape)}")
     if t.dtype != dtype:

@@ -16,10 +16,10 @@ from torch import Tensor
 from genfast.reference.bias_act import ACTIVATIONS, activation_derivative
 
 from . import _backend
+from ._activations import CODES, curve_of
 from ._autograd import refuse_lost_derivatives, wanted
-from ._checks import check_dtype, refusal
+from ._checks import check_floating, check_is_tensor, refusal
 
-_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 _MOMENTS, _APPLY, _SUMS, _BACKWARD, _MOMENTS_APPLY, _SUMS_BACKWARD = range(6)  # Which of csrc/ops/bn_act/bn_act.cpp
 
 _GIVEN = "Tensor? weight, Tensor? bias, int groups, float eps, int act, float alpha, float gain"
@@ -44,7 +44,7 @@ class Activation(NamedTuple):
 
     @property
     def codes(self) -> tuple[int, float, float]:
-        return _CODES[self.act], self.alpha, self.gain
+        return CODES[self.act], self.alpha, self.gain
 
     @property
     def is_identity(self) -> bool:
@@ -67,15 +67,15 @@ class Statistics(NamedTuple):
 
 
 def activation(act: str, alpha: float | None, gain: float) -> Activation:
-    if act not in ACTIVATIONS:
-        raise refusal("act", repr(act), ", ".join(ACTIVATIONS))
-    return Activation(act, float(ACTIVATIONS[act].alpha if alpha is None else alpha), float(gain))
+    return Activation(*curve_of(act, alpha, gain, None)[:3])
 
 
 def check_image(x: Tensor, residual: Tensor | None) -> None:
-    check_dtype("x", x.dtype)
+    check_floating("x", x)
     if x.ndim < 2:
         raise refusal("x", f"{x.ndim} dimensions", "at least 2: (B, C, ...)")
+    if residual is not None:
+        check_is_tensor("residual", residual)
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
         got = f"{residual.dtype} {tuple(residual.shape)} on {residual.device}"
         raise refusal("residual", got, f"{x.dtype} {tuple(x.shape)} on {x.device}")
@@ -85,7 +85,7 @@ def check_channels(x: Tensor, **parameters: Tensor | None) -> None:
     channels = x.shape[1]
     for name, t in parameters.items():
         if t is not None:
-            check_dtype(name, t.dtype)
+            check_floating(name, t)
             if t.shape != (channels,) or t.device != x.device:
                 raise refusal(name, f"shape {tuple(t.shape)} on {t.device}", f"{(channels,)} on {x.device}")
 

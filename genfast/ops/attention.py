@@ -19,7 +19,7 @@ from ._attention_blocks import Inputs, unit, whole
 from ._attention_tangent import tangent
 from ._autograd import refuse_lost_derivatives, tangent_rule, wanted
 from ._backend import implementations
-from ._checks import check_dtype, check_tensor, readable, refusal
+from ._checks import check_floating, check_is_tensor, check_tensor, readable, refusal
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, bool causal, float scale"
 _library.define("attention_", f"(Tensor(a!) o, Tensor(b!) lse, {_INPUTS}) -> ()")
@@ -68,9 +68,11 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float | None
 ) -> tuple[Tensor | None, Tensor | None, float]:
     """``bias`` and ``mask`` in four dimensions, and the scale."""
+    check_floating("q", q)
+    check_is_tensor("k", k)
+    check_is_tensor("v", v)
     if q.ndim != 4:
         raise refusal("q", f"shape {tuple(q.shape)}", "(B, H, N, D)")
-    check_dtype("q", q.dtype)
     batch, heads, n, d = q.shape
     if d == 0:
         raise refusal("q", "a head dimension of 0", "1 and more")
@@ -178,23 +180,22 @@ def route(q: Tensor, k: Tensor, terms: bool) -> Route:
         return Route("torch_cpu_flash", f"bfloat16 of head dimension {d} with nothing to add: torch's CPU kernel, measured faster above 96")
     if device == "cpu":
         return Route("genfast", "tiles of queries and keys, softmax online")
-    chosen = _cuda_route(q)
-    hopper = device == "cuda" and torch.cuda.get_device_capability(q.device) == (9, 0) and q.dtype in (torch.bfloat16, torch.float16)
-    if chosen.kernel == "genfast" and hopper and os.environ.get("GENFAST_ATTENTION_HOPPER") in ("1", "all"):
-        where = "as GENFAST_ATTENTION_HOPPER asks, wgmma tiles fed by TMA where docs/attention-hopper.md allows, else mma.sync"
-        return Route("genfast", where)
-    return chosen
+    return _cuda_route(q, 256)
 
 
-def _cuda_route(q: Tensor) -> Route:
-    """What runs on CUDA, in both directions."""
+def _cuda_route(q: Tensor, hopper: int) -> Route:
+    """What runs on CUDA; ``hopper``: the widest head for which that direction has a kernel for sm_90a."""
     device, d = q.device.type, q.shape[3]
+    capability = torch.cuda.get_device_capability(q.device) if device == "cuda" else None
     if q.dtype == torch.float64 or d > 256:
         return Route(
             "blocks", f"the {device} kernels take 16- and 32-bit dtypes and head dimensions up to 256, not {q.dtype} of {d}: plain torch"
         )
-    if q.dtype == torch.float32 or (device == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0)):
+    if q.dtype == torch.float32 or (capability is not None and capability < (8, 0)):
         return Route("genfast", "fused multiply-adds in float32, tiles of queries and keys")
+    if capability == (9, 0) and d <= hopper and os.environ.get("GENFAST_ATTENTION_HOPPER") in ("1", "all"):
+        where = "as GENFAST_ATTENTION_HOPPER asks, wgmma tiles fed by TMA where docs/attention-hopper.md allows, else mma.sync"
+        return Route("genfast", where)
     return Route("genfast", "mma.sync tiles of queries and keys fed by cp.async")
 
 
@@ -206,7 +207,7 @@ def route_backward(q: Tensor, k: Tensor, sums: bool) -> Route:
     if not _library.has_kernels(device):
         return Route("blocks", f"no kernels for {device} are loaded: plain torch over blocks of query rows")
     if device != "cpu":
-        return _cuda_route(q)
+        return _cuda_route(q, 128)
     if q.dtype != torch.float64:
         return Route("genfast", "tiles of queries and keys")
     if sums:

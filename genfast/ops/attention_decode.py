@@ -15,7 +15,7 @@ from . import _backend
 from ._attention_blocks import unit, whole
 from ._autograd import refuse_lost_derivatives, wanted
 from ._backend import implementations
-from ._checks import check_dtype, readable, refusal
+from ._checks import check_floating, readable, refusal
 from .attention import attention
 
 MAX_QUERIES = 16  # csrc/ops/attention_decode/params.h
@@ -71,7 +71,7 @@ def _check(
     """The scale and the number of parts."""
     if q.ndim != 4 or not 1 <= q.shape[2] <= MAX_QUERIES:
         raise refusal("q", f"shape {tuple(q.shape)}", f"(B, H, 1 to {MAX_QUERIES}, D); `attention` takes more queries")
-    check_dtype("q", q.dtype)
+    check_floating("q", q)
     batch, heads, n, d = q.shape
     if d == 0:
         raise refusal("q", "a head dimension of 0", "1 and more")

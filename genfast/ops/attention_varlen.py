@@ -14,7 +14,7 @@ from . import _backend
 from ._attention_blocks import unit
 from ._autograd import refuse_lost_derivatives, wanted
 from ._backend import implementations
-from ._checks import check_dtype, readable, refusal
+from ._checks import check_floating, readable, refusal
 from .attention import attention
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, bool causal, float scale"
@@ -61,7 +61,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: i
     """The scale."""
     if q.ndim != 3:
         raise refusal("q", f"shape {tuple(q.shape)}", "(total_q, H, D)")
-    check_dtype("q", q.dtype)
+    check_floating("q", q)
     _, heads, d = q.shape
     if d == 0:
         raise refusal("q", "a head dimension of 0", "1 and more")

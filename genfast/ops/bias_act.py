@@ -16,10 +16,10 @@ from torch.autograd import forward_ad
 from genfast.reference.bias_act import ACTIVATIONS, bias_act_derivative
 
 from . import _backend
+from ._activations import CODES, curve_of
 from ._autograd import refuse_lost_derivatives, tangent_rule, wanted
-from ._checks import check_dtype, check_tensor, refusal
+from ._checks import check_floating, check_tensor, refusal
 
-_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 _STRAIGHT = ("linear", "relu", "lrelu")  # zero from the second derivative on
 _HIGHEST = 3
 
@@ -65,20 +65,14 @@ def bias_act(
     (float64 for float64) and rounded once; a NaN stays a NaN. Differentiable to every order in ``x`` and ``b``: docs/derivatives.md.
     Raises ValueError for anything else.
     """
-    check_dtype("x", x.dtype)
-    if act not in ACTIVATIONS:
-        raise refusal("act", repr(act), ", ".join(ACTIVATIONS))
-    if not -max(x.ndim, 1) <= dim < max(x.ndim, 1):
+    check_floating("x", x)
+    if not isinstance(dim, int) or not -max(x.ndim, 1) <= dim < max(x.ndim, 1):
         raise refusal("dim", dim, f"a dimension of x, which has {x.ndim}")
     if b is not None:
         if x.ndim == 0:
             raise refusal("b", "a bias for an x without dimensions", "an x of at least one dimension")
         check_tensor("b", b, (x.shape[dim],), x.dtype, x.device)
-    if clamp is not None and not clamp >= 0:
-        raise refusal("clamp", clamp, "a number of at least 0, or None")
-    known = ACTIVATIONS[act]
-    dim = dim % max(x.ndim, 1)
-    curve = _Curve(dim, act, float(known.alpha if alpha is None else alpha), float(known.gain if gain is None else gain), clamp)
+    curve = _Curve(dim % max(x.ndim, 1), *curve_of(act, alpha, gain, clamp))
     if wanted((x, b)):
         result: Tensor = (_differentiable if torch.compiler.is_compiling() else _derivative)(None, x, b, curve, 0, False)[0]
         return result
@@ -87,9 +81,7 @@ def bias_act(
 
 def _kernel(factor: Tensor | None, x: Tensor, b: Tensor | None, curve: _Curve, order: int, sums: bool) -> list[Tensor]:
     dim, act, alpha, gain, clamp = curve
-    results: list[Tensor] = torch.ops.genfast.bias_act(
-        factor, x, b, dim, _CODES[act], alpha, gain, None if clamp is None else float(clamp), order, sums
-    )
+    results: list[Tensor] = torch.ops.genfast.bias_act(factor, x, b, dim, CODES[act], alpha, gain, clamp, order, sums)
     return results
 
 

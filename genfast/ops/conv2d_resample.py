@@ -7,9 +7,9 @@ from torch import Tensor
 from genfast.reference.conv2d_resample import resample_padding
 from genfast.reference.upfirdn2d import Pair
 
-from ._checks import check_dtype, refusal
+from ._checks import check_count, check_is_tensor, refusal
 from ._convolution import convolution
-from .upfirdn2d import upfirdn2d
+from .upfirdn2d import check_filter, upfirdn2d
 
 
 def conv2d_resample(
@@ -30,11 +30,12 @@ def conv2d_resample(
     are linear and shift together, so the convolution is done where the picture is small: a 1x1 one after downsampling or before upsampling,
     an upsampling one as a transposed convolution, a downsampling one with a stride. Derivatives are torch's and `upfirdn2d`'s.
     """
-    check_dtype("x", x.dtype)
+    check_filter("f", f, x)
+    check_is_tensor("w", w)
+    for name, number in (("up", up), ("down", down), ("groups", groups)):
+        check_count(name, number)
     if x.ndim != 4 or w.ndim != 4 or w.shape[1] * groups != x.shape[1]:
         raise refusal("w", f"shape {tuple(w.shape)} for x {tuple(x.shape)} in {groups} groups", "(K, C / groups, kh, kw) for (B, C, H, W)")
-    if up < 1 or down < 1:
-        raise refusal("up and down", (up, down), "integers of at least 1")
     w = w.to(x.dtype)
     height, width = w.shape[2:]
     around = resample_padding(f, padding, up, down)

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from genfast.reference.bias_act import bias_act as plain_bias_act
 
 from ._autograd import wanted
-from ._checks import check_dtype, refusal
+from ._checks import check_floating, refusal
 from ._norm_act import Statistics, activation, check_channels, check_image, norm_act
 from .bias_act import bias_act
 from .bn_act import bn_act
@@ -55,7 +55,8 @@ def conv_block(
     over the pictures, two for moments of its own; in evaluation batch normalisation is folded into the weight. Differentiable in every
     tensor but the running ones: docs/derivatives.md. Raises ValueError for anything else.
     """
-    check_dtype("x", x.dtype)
+    check_floating("x", x)
+    check_floating("weight", weight)
     if x.ndim != 4:
         raise refusal("x", f"{x.ndim} dimensions", "4: (B, C, H, W)")
     if weight.ndim != 4 or weight.dtype != x.dtype or weight.device != x.device:

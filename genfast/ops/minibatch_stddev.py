@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_dtype, refusal
+from ._checks import check_floating, refusal
 
 
 def minibatch_stddev(x: Tensor, group_size: int | None = 4, num_channels: int = 1, eps: float = 1e-8) -> Tensor:
@@ -16,7 +16,7 @@ def minibatch_stddev(x: Tensor, group_size: int | None = 4, num_channels: int = 
     channels. float32, float64, bfloat16 or float16; the statistics in float32 (float64 for float64). Returns x's dtype. Differentiable to
     every order. Raises ValueError for anything else.
     """
-    check_dtype("x", x.dtype)
+    check_floating("x", x)
     if x.ndim != 4:
         raise refusal("x", f"{x.ndim} dimensions", "4: (B, C, H, W)")
     batch, channels, height, width = x.shape

@@ -12,11 +12,11 @@ from genfast.reference.bias_act import ACTIVATIONS, bias_act_derivative
 from genfast.reference.solver_step import layout_of
 
 from . import _backend
+from ._activations import CODES, curve_of
 from ._autograd import refuse_lost_derivatives, wanted
-from ._checks import check_dtype, refusal
+from ._checks import check_floating, refusal
 from .bias_act import bias_act
 
-_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 _CURVE = "int act, float alpha, float gain, float? clamp"
 _TENSORS = "Tensor? b, Tensor? scale, Tensor? noise, Tensor? post_scale"
 SCHEMAS = {
@@ -53,7 +53,7 @@ def modulate_bias_act(
     and memory format. Computed in float32 (float64 for float64) and rounded once. Differentiable to every order in all tensors:
     docs/derivatives.md. Raises ValueError for anything else.
     """
-    check_dtype("x", x.dtype)
+    check_floating("x", x)
     if x.ndim != 4:
         raise refusal("x", f"{x.ndim} dimensions", "4: (B, C, H, W)")
     batch, channels, height, width = x.shape
@@ -65,15 +65,10 @@ def modulate_bias_act(
     }
     for name, (t, supported) in shapes.items():
         if t is not None:
-            check_dtype(name, t.dtype)
+            check_floating(name, t)
             if t.shape not in supported or t.device != x.device:
                 raise refusal(name, f"shape {tuple(t.shape)} on {t.device}", f"{' or '.join(map(str, supported))} on {x.device}")
-    if act not in ACTIVATIONS:
-        raise refusal("act", repr(act), ", ".join(ACTIVATIONS))
-    if clamp is not None and not clamp >= 0:
-        raise refusal("clamp", clamp, "a number of at least 0, or None")
-    known = ACTIVATIONS[act]
-    curve = _Curve(act, float(known.alpha if alpha is None else alpha), float(known.gain if gain is None else gain), clamp)
+    curve = _Curve(*curve_of(act, alpha, gain, clamp))
     if scale is None and noise is None and post_scale is None:
         return bias_act(x, None if b is None else b.to(x.dtype), 1, *curve)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -90,7 +85,7 @@ _Tensors = list[Tensor | None]  # b, scale, noise, post_scale, in the type of th
 
 
 def _options(curve: _Curve) -> tuple[int, float, float, float | None]:
-    return _CODES[curve.act], curve.alpha, curve.gain, None if curve.clamp is None else float(curve.clamp)
+    return CODES[curve.act], curve.alpha, curve.gain, curve.clamp
 
 
 def _kernel(x: Tensor, tensors: _Tensors, curve: _Curve) -> Tensor:

@@ -9,7 +9,7 @@ from genfast.reference.modulated_conv2d import EPSILON
 from genfast.reference.solver_step import layout_of
 from genfast.reference.upfirdn2d import Pair
 
-from ._checks import check_dtype, refusal
+from ._checks import check_floating, refusal
 from .conv2d_resample import conv2d_resample
 from .modulate_bias_act import modulate_bias_act
 
@@ -47,11 +47,18 @@ def modulated_conv2d(
     ``prescaled=True`` and reads its input once less. Returns (B, K, H', W') in x's dtype and memory format. Differentiable to every order
     in every tensor but the filter. Raises ValueError for anything else.
     """
-    check_dtype("x", x.dtype)
+    check_floating("x", x)
+    check_floating("weight", weight)
+    check_floating("styles", styles)
+    for name, t in (("noise", noise), ("input_gain", input_gain), ("bias", bias)):
+        if t is not None:
+            check_floating(name, t)
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[1]:
         raise refusal("weight", f"shape {tuple(weight.shape)} for x {tuple(x.shape)}", "(K, C, kh, kw) for (B, C, H, W)")
     if styles.shape != x.shape[:2]:
         raise refusal("styles", f"shape {tuple(styles.shape)}", f"(B, C): {tuple(x.shape[:2])}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise refusal("bias", f"shape {tuple(bias.shape)}", f"(K,): {tuple(weight.shape[:1])}")
     if input_gain is not None and not _broadcasts(input_gain, x.shape[:2]):
         raise refusal("input_gain", f"shape {tuple(input_gain.shape)}", f"broadcastable to (B, C): {tuple(x.shape[:2])}")
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32

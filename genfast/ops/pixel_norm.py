@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_dtype, refusal
+from ._checks import check_floating, refusal
 
 
 def pixel_norm(x: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
@@ -14,7 +14,7 @@ def pixel_norm(x: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
     ``x`` of any shape, float32, float64, bfloat16 or float16. Returns its shape and dtype; computed in float32 (float64 for float64) and
     rounded once. Differentiable to every order. Raises ValueError for anything else.
     """
-    check_dtype("x", x.dtype)
+    check_floating("x", x)
     if not -x.ndim <= dim < x.ndim:
         raise refusal("dim", dim, f"a dimension of x, which has {x.ndim}")
     if not eps > 0:

@@ -16,7 +16,7 @@ from genfast.reference.qknorm_rope import split_heads, turned
 from . import _backend
 from ._attention_blocks import unit
 from ._autograd import refuse_lost_derivatives, wanted
-from ._checks import check_dtype, refusal
+from ._checks import check_floating, refusal
 from .attention import _heads_last, _straight, _untracked, attention
 
 __all__ = ["qknorm_rope", "qknorm_rope_attention", "rope_table"]
@@ -162,7 +162,7 @@ def _check(
 ) -> None:
     if q.ndim != 4:
         raise refusal("q", f"shape {tuple(q.shape)}", "(B, H, N, D)")
-    check_dtype("q", q.dtype)
+    check_floating("q", q)
     batch, _, n, d = q.shape
     if not 1 <= d <= MAX_HEAD_DIM:
         raise refusal("q", f"a head dimension of {d}", f"1 to {MAX_HEAD_DIM}")
@@ -177,7 +177,7 @@ def _check(
             continue
         if o.norm is None:
             raise refusal(name, "a tensor", "None, where norm is None")
-        check_dtype(name, t.dtype)
+        check_floating(name, t)
         if t.shape not in ((d,), (heads.shape[1], d)) or t.device != q.device:
             raise refusal(name, f"shape {tuple(t.shape)} on {t.device}", f"({d},) or ({heads.shape[1]}, {d}) on {q.device}")
     if (cos is None) != (sin is None):
@@ -185,7 +185,7 @@ def _check(
     for name, t in (("cos", cos), ("sin", sin)):
         if t is None:
             continue
-        check_dtype(name, t.dtype)
+        check_floating(name, t)
         if k.shape[2] != n:
             raise refusal(name, f"a table for {n} queries and {k.shape[2]} keys", "None, or as many keys as queries")
         if t.shape[:-1] not in ((n,), (batch, n)) or 2 * t.shape[-1] > d or t.device != q.device:

@@ -10,7 +10,7 @@ from torch import Tensor
 from genfast.reference.solver_step import layout_of
 
 from . import _autograd, _backend
-from ._checks import bump_version, check_dtype, check_mutable, check_seeds, check_tensor, readable, refusal
+from ._checks import bump_version, check_floating, check_mutable, check_seeds, check_tensor, readable, refusal
 
 # csrc/ops/solver_step/params.h has the same numbers; a test compares.
 MAX_SLOTS, MAX_HISTORY, MAX_OUTPUTS, TERMS, ROW_FLOATS, ROW_INTS = 16, 6, 3, 10, 40, 12
@@ -201,7 +201,7 @@ def solver_step(
 def _check_state(name: str, x: Tensor) -> None:
     if x.ndim < 1:
         raise refusal(name, "a state without dimensions", "(B, *sample)")
-    check_dtype(name, x.dtype)
+    check_floating(name, x)
 
 
 def _model_output(x: Tensor, cond: Tensor, uncond: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -212,7 +212,7 @@ def _model_output(x: Tensor, cond: Tensor, uncond: Tensor | None) -> tuple[Tenso
     elif cond.shape != x.shape:
         both = (2 * batch, *x.shape[1:])
         raise refusal("cond", f"shape {tuple(cond.shape)}", f"{tuple(x.shape)}; or {both}, both halves, without uncond")
-    check_dtype("cond", cond.dtype)
+    check_floating("cond", cond)
     if cond.dtype == torch.float64 and x.dtype != torch.float64:
         raise refusal("cond", f"torch.float64 for a state of {x.dtype}", "float32, bfloat16 or float16 for that state")
     if cond.device != x.device:
@@ -228,7 +228,7 @@ def _check_model_input(x: Tensor, model_input: Tensor, layout: torch.memory_form
     one, two = tuple(x.shape), (2 * len(x), *x.shape[1:])
     if model_input.shape not in (one, two):
         raise refusal("model_input", f"shape {tuple(model_input.shape)}", f"{one} or {two}")
-    check_dtype("model_input", model_input.dtype)
+    check_floating("model_input", model_input)
     check_tensor("model_input", model_input, model_input.shape, model_input.dtype, x.device)
     check_mutable("model_input", model_input)
     if not model_input.is_contiguous(memory_format=layout):

@@ -14,7 +14,7 @@ from genfast.reference.upfirdn2d import Pair, filter_size, padding_of, pair, sam
 
 from . import _backend
 from ._autograd import refuse_lost_derivatives, tangent_rule, wanted
-from ._checks import check_dtype, refusal
+from ._checks import check_floating, number, refusal
 
 __all__ = ["downsample2d", "filter2d", "setup_filter", "upfirdn2d", "upsample2d"]
 
@@ -47,6 +47,20 @@ class _Resampling(NamedTuple):
         return _Resampling(self.down, self.up, padding_of(padding), not self.flip_filter, self.gain)
 
 
+def check_filter(name: str, f: Tensor | None, x: Tensor) -> None:
+    """``x`` is a tensor, and ``f`` a constant filter for it, or None."""
+    check_floating("x", x)
+    if f is None:
+        return
+    check_floating(name, f)
+    if wanted((f,)):
+        raise refusal(name, "a filter with a gradient, a tangent or inside a torch.func transform", "a constant filter")
+    if f.ndim not in (1, 2) or f.numel() == 0:
+        raise refusal(name, f"shape {tuple(f.shape)}", "(fh, fw), or (taps,) for a separable filter, not empty")
+    if f.device != x.device:
+        raise refusal(name, f"a tensor on {f.device}", f"{x.device}")
+
+
 def upfirdn2d(
     x: Tensor, f: Tensor | None, up: Pair = 1, down: Pair = 1, padding: Pair = 0, flip_filter: bool = False, gain: float = 1
 ) -> Tensor:
@@ -59,18 +73,11 @@ def upfirdn2d(
     Computed in float32 (float64 for float64) and rounded once. Differentiable to every order in ``x``, not in ``f``:
     docs/derivatives.md. Raises ValueError for anything else.
     """
-    check_dtype("x", x.dtype)
+    check_filter("f", f, x)
     if x.ndim != 4:
         raise refusal("x", f"{x.ndim} dimensions", "4: (B, C, H, W)")
-    if wanted((f,)):
-        raise refusal("f", "a filter with a gradient, a tangent or inside a torch.func transform", "a constant filter")
     f = torch.ones(1, 1, device=x.device) if f is None else f
-    check_dtype("f", f.dtype)
-    if f.ndim not in (1, 2) or f.numel() == 0:
-        raise refusal("f", f"shape {tuple(f.shape)}", "(fh, fw), or (taps,) for a separable filter, not empty")
-    if f.device != x.device:
-        raise refusal("f", f"a tensor on {f.device}", f"{x.device}")
-    resampling = _Resampling(pair(up), pair(down), padding_of(padding), bool(flip_filter), float(gain))
+    resampling = _Resampling(pair("up", up), pair("down", down), padding_of(padding), bool(flip_filter), number("gain", gain))
     for name, scaling in (("up", resampling.up), ("down", resampling.down)):
         if min(scaling) < 1:
             raise refusal(name, scaling, "integers of at least 1")
@@ -84,19 +91,22 @@ def upfirdn2d(
 
 def filter2d(x: Tensor, f: Tensor | None, padding: Pair = 0, flip_filter: bool = False, gain: float = 1) -> Tensor:
     """`upfirdn2d` that keeps the size; ``padding`` is added to that."""
+    check_filter("f", f, x)
     return upfirdn2d(x, f, padding=same_padding(f, padding, (1, 1), (1, 1), "filter"), flip_filter=flip_filter, gain=gain)
 
 
 def upsample2d(x: Tensor, f: Tensor | None, up: Pair = 2, padding: Pair = 0, flip_filter: bool = False, gain: float = 1) -> Tensor:
     """`upfirdn2d` that multiplies the size by ``up`` and keeps the magnitude of the signal; ``padding`` is added to that."""
-    up_x, up_y = pair(up)
+    check_filter("f", f, x)
+    up_x, up_y = pair("up", up)
     around = same_padding(f, padding, (up_x, up_y), (1, 1), "up")
     return upfirdn2d(x, f, up=(up_x, up_y), padding=around, flip_filter=flip_filter, gain=gain * up_x * up_y)
 
 
 def downsample2d(x: Tensor, f: Tensor | None, down: Pair = 2, padding: Pair = 0, flip_filter: bool = False, gain: float = 1) -> Tensor:
     """`upfirdn2d` that divides the size by ``down``; ``padding`` is added to that."""
-    down_x, down_y = pair(down)
+    check_filter("f", f, x)
+    down_x, down_y = pair("down", down)
     around = same_padding(f, padding, (1, 1), (down_x, down_y), "down")
     return upfirdn2d(x, f, down=(down_x, down_y), padding=around, flip_filter=flip_filter, gain=gain)
 
@@ -157,7 +167,7 @@ def _empty(x: Tensor, f: Tensor, r: _Resampling) -> Tensor:
 
 
 def _resampling(up: Sequence[int], down: Sequence[int], padding: Sequence[int], flip_filter: bool = False, gain: float = 1) -> _Resampling:
-    return _Resampling(pair(up), pair(down), padding_of(padding), flip_filter, gain)
+    return _Resampling(pair("up", up), pair("down", down), padding_of(padding), flip_filter, gain)
 
 
 def _upfirdn2d(x: Tensor, f: Tensor, up: list[int], down: list[int], padding: list[int], flip_filter: bool, gain: float) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -11,16 +13,30 @@ from torch import Tensor
 Pair = int | Sequence[int]
 
 
-def pair(value: Pair) -> tuple[int, int]:
-    """(x, y) of a scaling that is one number for both, or (x, y)."""
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+def _integers(name: str, value: Pair, lengths: tuple[int, ...], supported: str) -> list[int]:
+    try:
+        numbers = [n if isinstance(n, torch.SymInt) else index(n) for n in cast(Sequence[int], value)]
+    except TypeError:
+        numbers = []
+    if len(numbers) not in lengths:
+        raise ValueError(f"{name}: got {value!r}, supported: {supported}")
+    return numbers
+
+
+def pair(name: str, value: Pair) -> tuple[int, int]:
+    """(x, y) of the scaling ``name`` that is one number for both, or (x, y)."""
+    if type(value) is int:
+        return value, value
+    x, y = _integers(name, value, (2,), "an integer or (x, y)")
+    return x, y
 
 
 def padding_of(padding: Pair) -> tuple[int, int, int, int]:
     """(left, right, top, bottom) of a padding given as one number, as (x, y) or in full."""
-    if isinstance(padding, int):
+    if type(padding) is int:
         return (padding,) * 4
-    left, right, top, bottom = (padding[0], padding[0], padding[1], padding[1]) if len(padding) == 2 else padding
+    numbers = _integers("padding", padding, (2, 4), "an integer, (x, y) or (left, right, top, bottom)")
+    left, right, top, bottom = numbers if len(numbers) == 4 else (numbers[0], numbers[0], numbers[1], numbers[1])
     return left, right, top, bottom
 
 
@@ -66,7 +82,7 @@ def upfirdn2d(
     correlates, False convolves; ``gain`` multiplies the result. Returns (B, C, H', W') in x's dtype,
     W' = (W * up + left + right - fw + down) // down.
     """
-    (up_x, up_y), (down_x, down_y) = pair(up), pair(down)
+    (up_x, up_y), (down_x, down_y) = pair("up", up), pair("down", down)
     left, right, top, bottom = padding_of(padding)
     batch, channels, height, width = x.shape
     taps = x.new_ones(1, 1) if f is None else f.to(x.dtype)
@@ -104,13 +120,13 @@ def filter2d(x: Tensor, f: Tensor | None, padding: Pair = 0, flip_filter: bool =
 
 def upsample2d(x: Tensor, f: Tensor | None, up: Pair = 2, padding: Pair = 0, flip_filter: bool = False, gain: float = 1) -> Tensor:
     """`upfirdn2d` that multiplies the size by ``up`` and keeps the magnitude of the signal; ``padding`` is added to that."""
-    up_x, up_y = pair(up)
+    up_x, up_y = pair("up", up)
     around = same_padding(f, padding, (up_x, up_y), (1, 1), "up")
     return upfirdn2d(x, f, up=(up_x, up_y), padding=around, flip_filter=flip_filter, gain=gain * up_x * up_y)
 
 
 def downsample2d(x: Tensor, f: Tensor | None, down: Pair = 2, padding: Pair = 0, flip_filter: bool = False, gain: float = 1) -> Tensor:
     """`upfirdn2d` that divides the size by ``down``; ``padding`` is added to that."""
-    down_x, down_y = pair(down)
+    down_x, down_y = pair("down", down)
     around = same_padding(f, padding, (1, 1), (down_x, down_y), "down")
     return upfirdn2d(x, f, down=(down_x, down_y), padding=around, flip_filter=flip_filter, gain=gain)

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from genfast import _library, ops, reference
 from genfast.ops import _attention_blocks
-from genfast.ops.attention import route
+from genfast.ops.attention import route, route_backward
 from genfast.testing import SPECS
 from genfast.testing.oracle import assert_accurate, precision
 from genfast.testing.specs.attention import Attention
@@ -84,12 +84,16 @@ def test_explanations() -> None:
 
 @pytest.mark.parametrize(("wish", "capability", "kernel"), [("1", (9, 0), "wgmma"), ("1", (8, 0), "mma.sync"), ("0", (9, 0), "mma.sync")])
 def test_explain_on_cuda(wish: str, capability: tuple[int, int], kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hopper's own kernel is named where it is asked for and there."""
+    """Hopper's own kernels are named where they are asked for and there."""
     monkeypatch.setenv("GENFAST_ATTENTION_HOPPER", wish)
     monkeypatch.setattr(_library, "has_kernels", lambda device: device == "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     q: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"), shape=(1, 1, 64, 64), dtype=torch.bfloat16, numel=lambda: 1)
     assert kernel in route(q, q, False).why.removesuffix("else mma.sync")
+    assert kernel in route_backward(q, q, False).why.removesuffix("else mma.sync")
+    q.shape = (1, 1, 64, 160)
+    assert kernel in route(q, q, False).why.removesuffix("else mma.sync")
+    assert "mma.sync" in route_backward(q, q, False).why.removesuffix("else mma.sync")
 
 
 # ---- a sweep -----------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 // Attention's backward pass on CUDA: delta, which kernels run, and those for what the tensor cores do not take: float32, and every dtype
 // before sm_80. They multiply and add in float32 (FMA, no TF32): a thread makes the scores and slopes of one row that its block owns.
 #include "attention_backward_tile.cuh"
+#include "attention_hopper.h"
 
 namespace genfast {
 
@@ -216,6 +217,9 @@ void launch_attention_backward_cuda(const AttentionBackwardParams& p, void* stre
       GF_LAUNCH((delta_kernel<S>), static_cast<unsigned>(blocks), kThreads, 0, stream, p, access_of(p).rows);
     }
   });
+#if defined(GENFAST_HOPPER) || defined(GF_EMULATE)  // the build's architectures hold 90a
+  if (launch_attention_backward_hopper(p, stream)) return;
+#endif
   if (f.dtype != DType::F32 && gf_device::compute_capability() >= 80) {
     return f.dtype == DType::BF16 ? launch_attention_backward_bf16(p, stream) : launch_attention_backward_f16(p, stream);
   }

@@ -1,8 +1,7 @@
 // The forward pass on Hopper (sm_90a): bulk tensor copies by one warp, wgmma by two or three warpgroups of 64 queries each, the softmax of
 // one tile of keys beside the products of the next (Shah et al. 2024). docs/attention-hopper.md.
 #pragma once
-#include "../../core/wgmma.cuh"
-#include "attention_tile.cuh"
+#include "attention_hopper_tile.cuh"
 
 namespace genfast {
 namespace {
@@ -43,7 +42,6 @@ constexpr HopperTile hopper_tile(int width, bool terms) {
 constexpr int hopper_registers(HopperTile tile) {
   return tile.groups == 2 ? 240 : 160;
 }
-constexpr int kProducerRegisters = 24;
 
 // Bytes in shared memory of `rows` rows: whole panels.
 constexpr int hopper_bytes(HopperTile tile, int width, int rows) {
@@ -93,19 +91,6 @@ struct HopperOrder {
     }
   }
 };
-
-// A place in the ring and the parity of its present turn.
-template <int kSlots>
-struct RingPlace {
-  int slot = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ RingPlace next() const { return slot + 1 < kSlots ? RingPlace{slot + 1, parity} : RingPlace{0, parity ^ 1}; }
-};
-
-template <class S>
-__device__ __forceinline__ uint32_t pack16(float low, float high) {
-  return std::is_same_v<S, BFloat16> ? pack_bf16x2(low, high) : pack_f16x2(low, high);
-}
 
 // kTerms: there is a bias or a mask.
 template <class S, int kWidth, bool kTerms>
@@ -326,23 +311,19 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
 
       // ---- outputs, through this group's part of the queries' memory ----
       named_barrier_wait(kGroupBarrier + group, 128);  // no warp of the group reads queries any more
+      float inverse[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float all = sum[half];
         all += __shfl_xor_sync(~0u, all, 1);
         all += __shfl_xor_sync(~0u, all, 2);
-        const float inverse = all == 0.0f ? 0.0f : 1.0f / all;
+        inverse[half] = all == 0.0f ? 0.0f : 1.0f / all;
         if (t == 0 && row + 8 * half < at.rows) {
           p.lse[(at.batch * p.heads + at.head) * p.n + at.first + row + 8 * half] =
               all == 0.0f ? kMinusInfinity : fmaf(most[half], kLn2, logf(all));
         }
-#pragma unroll
-        for (int j = 0; j < kWidth / 8; ++j) {
-          const uint32_t at_byte = (8 * j / kPanel) * kQueryPanel + (row + 8 * half) * kRow + (8 * j % kPanel + 2 * t) * 2;
-          *reinterpret_cast<uint32_t*>(queries + swizzled<kRow>(at_byte)) =
-              pack16<S>(out[4 * j + 2 * half] * inverse, out[4 * j + 2 * half + 1] * inverse);
-        }
       }
+      put_rows<S, kWidth, kPanel>(queries, kQueryPanel, row, t, out, inverse);
       shared_writes_fence();
       named_barrier_wait(kGroupBarrier + group, 128);
       if (thread == 0) {
@@ -358,13 +339,6 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
       }
     });
   }
-}
-
-inline TensorMap hopper_map(const void* data, const AttentionRows& at, int64_t d, int64_t rows, int64_t heads, int64_t batch, int panel,
-                            int box_rows) {
-  const auto stride = [&](int64_t size, int64_t elements) { return size == 1 ? d : elements; };  // that of a single one is never used
-  return tensor_map({data, {d, rows, heads, batch}, {1, stride(rows, at.row), stride(heads, at.head), stride(batch, at.batch)}}, panel,
-                    box_rows);
 }
 
 template <class S, int kWidth, bool kTerms>

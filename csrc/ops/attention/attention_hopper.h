@@ -1,4 +1,4 @@
-// Which launches Hopper's own kernel takes. Off unless GENFAST_ATTENTION_HOPPER asks for it: it has not run on a GPU yet.
+// Which launches Hopper's own kernels take. Off unless GENFAST_ATTENTION_HOPPER asks for it: none has run on a GPU yet.
 #pragma once
 #include <cstdlib>
 #include <cstring>
@@ -10,6 +10,8 @@ namespace genfast {
 
 void launch_attention_hopper_bf16(const AttentionParams& p, void* stream);
 void launch_attention_hopper_f16(const AttentionParams& p, void* stream);
+void launch_attention_backward_hopper_bf16(const AttentionBackwardParams& p, void* stream);
+void launch_attention_backward_hopper_f16(const AttentionBackwardParams& p, void* stream);
 
 namespace {
 
@@ -33,12 +35,37 @@ inline bool hopper_pays(const AttentionParams& p) {
   return p.d > 48 && p.m > 160 && (p.n + 127) / 128 * p.heads * p.batch >= gf_device::multiprocessors();
 }
 
+inline bool hopper_backward_can(const AttentionBackwardParams& p) {
+  const AttentionParams& f = p.forward;
+  const auto queries = [&](const void* data, const AttentionRows& at) { return mappable(data, at, f.n, f.heads, f.batch); };
+  const auto keys = [&](const void* data, const AttentionRows& at) { return mappable(data, at, f.m, f.kv_heads, f.batch); };
+  return gf_device::compute_capability() == 90 && f.dtype != DType::F32 && !f.bias && !f.mask && f.d % 8 == 0 && f.d <= 128 &&
+         f.scale > 0.0f && queries(f.q, f.q_at) && queries(p.grad_o, p.grad_o_at) && queries(p.dq, p.dq_at) && keys(f.k, f.k_at) &&
+         keys(f.v, f.v_at) && keys(p.dk, p.dk_at) && keys(p.dv, p.dv_at);
+}
+
+// A guess too: heads that fill most of a kernel's width, and blocks for every multiprocessor in both of its kernels.
+inline bool hopper_backward_pays(const AttentionBackwardParams& p) {
+  const AttentionParams& f = p.forward;
+  const auto fills = [&](int64_t rows, int64_t heads) { return (rows + 127) / 128 * heads * f.batch >= gf_device::multiprocessors(); };
+  return ((f.d > 48 && f.d <= 64) || f.d > 96) && fills(f.n, f.heads) && fills(f.m, f.kv_heads);
+}
+
 // GENFAST_ATTENTION_HOPPER=1: where it should pay; all: wherever it can run. Read at each launch, so that one process can time both.
-inline bool launch_attention_hopper(const AttentionParams& p, void* stream) {
+inline bool hopper_wanted(bool pays) {
   const char* wish = std::getenv("GENFAST_ATTENTION_HOPPER");
-  const bool all = wish && !std::strcmp(wish, "all");
-  if (!(all || (wish && !std::strcmp(wish, "1") && hopper_pays(p))) || !hopper_can(p)) return false;
+  return wish && (!std::strcmp(wish, "all") || (!std::strcmp(wish, "1") && pays));
+}
+
+inline bool launch_attention_hopper(const AttentionParams& p, void* stream) {
+  if (!hopper_wanted(hopper_pays(p)) || !hopper_can(p)) return false;
   p.dtype == DType::BF16 ? launch_attention_hopper_bf16(p, stream) : launch_attention_hopper_f16(p, stream);
+  return true;
+}
+
+inline bool launch_attention_backward_hopper(const AttentionBackwardParams& p, void* stream) {
+  if (!hopper_wanted(hopper_backward_pays(p)) || !hopper_backward_can(p)) return false;
+  p.forward.dtype == DType::BF16 ? launch_attention_backward_hopper_bf16(p, stream) : launch_attention_backward_hopper_f16(p, stream);
   return true;
 }
 

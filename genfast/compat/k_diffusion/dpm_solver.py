@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from genfast.ops._checks import check_dtype, refusal
+from genfast.ops._checks import check_floating, refusal
 from genfast.samplers import Row
 from genfast.samplers.adaptive import PIDStepSizeController
 from genfast.schedules import Point
@@ -189,7 +189,7 @@ class DPMSolver(nn.Module):
 
         ``eta`` > 0 steps further down and adds noise. Noise is drawn every step, used or not.
         """
-        check_dtype("x", x.dtype)
+        check_floating("x", x)
         noise_sampler = default_noise_sampler(x) if noise_sampler is None else noise_sampler
         forward = bool(t_end > t_start)
         if not forward and eta:
@@ -233,7 +233,7 @@ class DPMSolver(nn.Module):
 
         ``h_init`` is the first step; ``pcoeff``, ``icoeff``, ``dcoeff`` and ``accept_safety`` are `PIDStepSizeController`'s.
         """
-        check_dtype("x", x.dtype)
+        check_floating("x", x)
         noise_sampler = default_noise_sampler(x) if noise_sampler is None else noise_sampler
         if order not in (2, 3):
             raise refusal("order", order, "2, 3")

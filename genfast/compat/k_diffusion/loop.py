@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from genfast.ops import _backend, pack_row, solver_step
-from genfast.ops._checks import check_dtype, refusal
+from genfast.ops._checks import check_floating, refusal
 from genfast.reference.solver_step import layout_of
 from genfast.samplers import Row
 
@@ -93,7 +93,7 @@ class Launcher:
             raise refusal("model", f"an output of shape {tuple(denoised.shape)}", f"{tuple(self.shape)}, that of x")
         if denoised.device != self.device:
             raise refusal("model", f"an output on {denoised.device}", f"{self.device}, the device of x")
-        check_dtype("model", denoised.dtype)
+        check_floating("model", denoised)
         if denoised.dtype == torch.float64:
             raise refusal("model", f"an output in torch.float64 for x in {self.dtype}", "float32, bfloat16 or float16 for that x")
         return denoised.double() if self.dtype == torch.float64 else denoised

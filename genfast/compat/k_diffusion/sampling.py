@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from genfast.ops._checks import check_dtype, refusal
+from genfast.ops._checks import check_floating, refusal
 from genfast.samplers import SOLVERS, Plan, Row, Solver, make_plan
 from genfast.samplers.adaptive import PIDStepSizeController
 from genfast.schedules import Grid, edm
@@ -158,7 +158,7 @@ def _sample(
     """Run a sampler. ``told`` are the sigmas of the rows, and of the end, as ``noise_sampler`` gets them, where they are not those fed."""
     if len(sigmas) < 2:
         return x
-    check_dtype("x", x.dtype)
+    check_floating("x", x)
     on_host = sigmas.detach().to("cpu", torch.float64).tolist()  # the one transfer to the host
     plan, rows, draws = _prepare(name, tuple(on_host), tuple(options.items()), x.dtype, x.device)
     if name in _CHURN:

@@ -1,0 +1,9 @@
+#include "attention_backward_hopper.cuh"
+
+namespace genfast {
+
+void launch_attention_backward_hopper_bf16(const AttentionBackwardParams& p, void* stream) {
+  launch_hopper_backward<BFloat16>(p, stream);
+}
+
+}  // namespace genfast
