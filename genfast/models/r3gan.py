@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,13 @@ def _weight(out_channels: int, channels: int, kernel: int, gain: float) -> nn.Pa
     return nn.Parameter(torch.randn(out_channels, channels, kernel, kernel) * (gain / math.sqrt(channels * kernel**2)))
 
 
+def _convolve(impl: str, x: Tensor, weight: Tensor, **options: int) -> Tensor:
+    """`conv2d`; the fused one has a gradient of the gradient that R1 asks for in one convolution, not one a group."""
+    convolve: Any = ops.conv2d_resample if impl == "fused" else F.conv2d
+    y: Tensor = convolve(x, weight.to(x.dtype), **options)
+    return y
+
+
 class ResidualBlock(nn.Module):
     """``x + W3 a(W2 a(W1 x + b1) + b2)``: 1x1 to wide, grouped 3x3, 1x1 back, a the leaky ReLU: (B, channels, H, W) -> same.
 
@@ -68,10 +76,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         namespace, dtype = NAMESPACES[self.impl], x.dtype
-        y = namespace.bias_act(F.conv2d(x, self.weight1.to(dtype)), self.bias1.to(dtype), act="lrelu", gain=1.0)
-        y = F.conv2d(y, self.weight2.to(dtype), padding=1, groups=self.groups)
+        y = namespace.bias_act(_convolve(self.impl, x, self.weight1), self.bias1.to(dtype), act="lrelu", gain=1.0)
+        y = _convolve(self.impl, y, self.weight2, padding=1, groups=self.groups)
         y = namespace.bias_act(y, self.bias2.to(dtype), act="lrelu", gain=1.0)
-        return x + F.conv2d(y, self.weight3.to(dtype))
+        return x + _convolve(self.impl, y, self.weight3)
 
 
 class Resample(nn.Module):
@@ -88,7 +96,7 @@ class Resample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         namespace = NAMESPACES[self.impl]
         x = x if self.up else namespace.downsample2d(x, self.taps)
-        x = x if self.weight is None else F.conv2d(x, self.weight.to(x.dtype))
+        x = x if self.weight is None else _convolve(self.impl, x, self.weight)
         return namespace.upsample2d(x, self.taps) if self.up else x
 
 

@@ -55,8 +55,8 @@ _IDENTITY = Activation("linear", 0.0, 1.0)
 
 
 class Statistics(NamedTuple):
-    """How ``norm_act`` normalises. ``moments``: None for x's own, of each sample if ``per_sample``. ``elements``: those behind a group's mean
-    where gradients flow through the moments; None where they are constants. ``reduce`` adds sums up over ranks."""
+    """How ``norm_act`` normalises. ``moments``: None for x's own, of each sample if ``per_sample``. ``elements``: those behind a group's
+    mean where gradients flow through the moments; None where they are constants. ``reduce`` adds sums up over ranks."""
 
     moments: Tensor | None
     per_sample: bool
@@ -99,7 +99,7 @@ def norm_act(
     activation: Activation,
     plain: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """``gain * act(weight * (x - mean) / sqrt(var + eps) + bias + residual)`` and the moments; ``plain`` is the first in torch's operators."""
+    """``gain * act(weight * (x - mean) / sqrt(var + eps) + bias + residual)`` and the moments; ``plain``: the first by torch."""
     if wanted((x, weight, bias, residual)):
         function = _differentiable if torch.compiler.is_compiling() else _NormAct.apply
         result: tuple[Tensor, Tensor] = function(x, weight, bias, residual, statistics, activation, plain)  # type: ignore[no-untyped-call]

@@ -185,13 +185,11 @@ class _BiasAct(torch.autograd.Function):
 
 
 class _BiasActReverse(torch.autograd.Function):
-    """`_BiasAct` for reverse mode alone. One function for forward and context: with two, which forward mode and torch.func need, torch binds
-    the arguments to the signature at every call, which takes longer than a small picture."""
+    """`_BiasAct` for reverse mode alone. One function for forward and context: with two, which forward mode and torch.func need, torch
+    binds the arguments to the signature at every call, which takes longer than a small picture."""
 
     @staticmethod
-    def forward(
-        ctx: Any, factor: Tensor | None, x: Tensor, b: Tensor | None, curve: _Curve, order: int, sums: bool
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, factor: Tensor | None, x: Tensor, b: Tensor | None, curve: _Curve, order: int, sums: bool) -> tuple[Tensor, ...]:
         results = tuple(_kernel(factor, x, b, curve, order, sums))
         _BiasAct.setup_context(ctx, (factor, x, b, curve, order, sums), results)
         return results

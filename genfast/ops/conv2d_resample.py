@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from genfast.reference.conv2d_resample import resample_padding
 from genfast.reference.upfirdn2d import Pair
 
 from ._checks import check_count, check_is_tensor, refusal
+from ._convolution import convolution
 from .upfirdn2d import check_filter, upfirdn2d
 
 
@@ -41,16 +41,16 @@ def conv2d_resample(
     around = resample_padding(f, padding, up, down)
     correlated = w if flip_weight else w.flip([2, 3])
     if up == 1 and down > 1 and height == width == 1:
-        return F.conv2d(upfirdn2d(x, f, down=down, padding=around, flip_filter=flip_filter), w, groups=groups)
+        return convolution(upfirdn2d(x, f, down=down, padding=around, flip_filter=flip_filter), w, groups=groups)
     if up == 1 and down > 1:
-        return F.conv2d(upfirdn2d(x, f, padding=around, flip_filter=flip_filter), correlated, stride=down, groups=groups)
+        return convolution(upfirdn2d(x, f, padding=around, flip_filter=flip_filter), correlated, stride=down, groups=groups)
     if up == 1:
         left, right, top, bottom = around
         if left == right >= 0 and top == bottom >= 0:
-            return F.conv2d(x, correlated, padding=(top, left), groups=groups)
-        return F.conv2d(upfirdn2d(x, None, padding=around), correlated, groups=groups)
+            return convolution(x, correlated, padding=(top, left), groups=groups)
+        return convolution(upfirdn2d(x, None, padding=around), correlated, groups=groups)
     if height == width == 1:
-        y = upfirdn2d(F.conv2d(x, w, groups=groups), f, up=up, padding=around, flip_filter=flip_filter, gain=up**2)
+        y = upfirdn2d(convolution(x, w, groups=groups), f, up=up, padding=around, flip_filter=flip_filter, gain=up**2)
     else:
         # Zeros inserted and correlated with w: the transposed convolution with w flipped, kw - 1 elements longer on the left and
         # kw - up on the right than the padded picture wants. What both sides have too much of is never computed.
@@ -58,7 +58,7 @@ def conv2d_resample(
         crop = [n - p for n, p in zip(longer, around, strict=True)]
         spared = [max(min(crop[2 * i], crop[2 * i + 1]), 0) for i in (0, 1)]
         transposed = correlated.flip([2, 3]).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-        y = F.conv_transpose2d(x, transposed, stride=up, padding=(spared[1], spared[0]), groups=groups)
+        y = convolution(x, transposed, up, (spared[1], spared[0]), groups, transposed=True)
         rest = [spared[i // 2] - c for i, c in enumerate(crop)]
         y = upfirdn2d(y, f, padding=rest, flip_filter=flip_filter, gain=up**2)
     return upfirdn2d(y, f, down=down, flip_filter=flip_filter) if down > 1 else y

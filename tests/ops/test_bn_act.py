@@ -100,7 +100,7 @@ def test_opcheck() -> None:
     for samples, groups in ((1, 4), (2, 2)):
         moments = normal(2, samples, 4, seed=1).square()
         given = (normal(4, seed=2), None, groups, 1e-5, *options)
-        dy, residual, sums = x.clone(), x.clone(), normal(2, samples, 4)
+        dy, residual, sums, rest = x.clone(), x.clone(), normal(2, samples, 4), (groups, 1e-5, 0.0, *options)
         for operator, arguments in [
             (genfast.bn_moments, (x,)),
             (genfast.bn_apply, (x, residual, moments, False, *given)),
@@ -110,11 +110,7 @@ def test_opcheck() -> None:
             (genfast.bn_backward, (dy, x, residual, None, None, moments, *given, 0.0, False, False)),
             (genfast.bn_backward, (dy, x, residual, sums, sums.clone(), moments, *given, 1.0, False, False)),
             (genfast.bn_backward, (dy, x, residual, None, None, moments, *given, 20.0, True, True)),
-            (
-                genfast.bn_act_,
-                (torch.empty_like(x), None, None, moments, None, x, None, residual, None, None, None, samples, 20, 1, groups, 1e-5, 0.0)
-                + options,
-            ),
+            (genfast.bn_act_, (torch.empty_like(x), None, None, moments, None, x, None, residual, *[None] * 3, samples, 20, 1, *rest)),
         ]:
             assert set(torch.library.opcheck(operator, arguments, test_utils=tests).values()) == {"SUCCESS"}
 

@@ -1,0 +1,114 @@
+"""Convolution whose gradients of gradients are convolutions too.
+
+``y = conv(x, w)`` is linear in both, and so are its gradients ``dx = input_gradient(g, w)`` and ``dw = weight_gradient(g, x)``. The
+derivatives of any of the three are the other two, so that they close under differentiation. torch has kernels for all three but, when it
+differentiates a gradient, makes the weight's part of forward convolutions of transposed pictures: one for each group, each with copies of
+both (2.13).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ._autograd import wanted
+
+
+class _Geometry(NamedTuple):
+    """The arguments of ``aten::convolution`` after the tensors."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    transposed: bool
+    output_padding: tuple[int, int]
+    groups: int
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    groups: int = 1,
+    transposed: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.conv2d`, or `conv_transpose2d`, without a bias: the same values, memory format and first derivatives."""
+    others = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if others or torch.is_autocast_enabled(x.device.type) or x.numel() == 0 or not wanted((x, weight)):
+        if transposed:
+            return F.conv_transpose2d(x, weight, None, stride, padding, 0, groups)
+        return F.conv2d(x, weight, None, stride, padding, 1, groups)
+    geometry = _Geometry(_pair(stride), _pair(padding), (1, 1), transposed, (0, 0), groups)
+    result: Tensor = _Convolution.apply(x, weight, geometry)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
+
+
+def _gradients(g: Tensor, x: Tensor, weight: Tensor, geometry: _Geometry, *asked: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Of x and of weight, those that are asked for; of the other tensor no more than the shape is read then."""
+    dx, dw, _ = torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, [*asked, False])
+    return dx, dw
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry = geometry
+        return torch.ops.aten.convolution(x, weight, None, *geometry)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        if not torch.is_grad_enabled():
+            return (*_gradients(g, x, weight, ctx.geometry, needs_x, needs_weight), None)
+        dx = _InputGradient.apply(g, weight, x.detach(), ctx.geometry) if needs_x else None  # type: ignore[no-untyped-call]
+        dw = _WeightGradient.apply(g, x, weight.detach(), ctx.geometry) if needs_weight else None  # type: ignore[no-untyped-call]
+        return dx, dw, None
+
+
+class _InputGradient(torch.autograd.Function):
+    """(g, weight) -> the gradient of x, which is there for its shape."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, weight: Tensor, x: Tensor, geometry: _Geometry) -> Tensor | None:
+        ctx.save_for_backward(g, weight)
+        ctx.geometry = geometry
+        return _gradients(g, x, weight, geometry, True, False)[0]
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
+        g, weight = ctx.saved_tensors
+        dg = _Convolution.apply(h, weight, ctx.geometry) if ctx.needs_input_grad[0] else None  # type: ignore[no-untyped-call]
+        dw = None
+        if ctx.needs_input_grad[1]:
+            dw = _WeightGradient.apply(g, h, weight.detach(), ctx.geometry)  # type: ignore[no-untyped-call]
+        return dg, dw, None, None
+
+
+class _WeightGradient(torch.autograd.Function):
+    """(g, x) -> the gradient of weight, which is there for its shape."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor | None:
+        ctx.save_for_backward(g, x)
+        ctx.geometry = geometry
+        return _gradients(g, x, weight, geometry, False, True)[1]
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
+        g, x = ctx.saved_tensors
+        dg = _Convolution.apply(x, h, ctx.geometry) if ctx.needs_input_grad[0] else None  # type: ignore[no-untyped-call]
+        dx = None
+        if ctx.needs_input_grad[1]:
+            dx = _InputGradient.apply(g, h, x.detach(), ctx.geometry)  # type: ignore[no-untyped-call]
+        return dg, dx, None, None
