@@ -62,14 +62,17 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.set_materialize_grads(False)
         ctx.geometry = geometry
         return torch.ops.aten.convolution(x, weight, None, *geometry)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return None, None, None
         x, weight = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():  # batched gradients are torch's own, to every order
             return (*_gradients(g, x, weight, ctx.geometry, needs_x, needs_weight), None)
         dx = _InputGradient.apply(g, weight, x.detach(), ctx.geometry) if needs_x else None  # type: ignore[no-untyped-call]
         dw = _WeightGradient.apply(g, x, weight.detach(), ctx.geometry) if needs_weight else None  # type: ignore[no-untyped-call]
@@ -82,11 +85,14 @@ class _InputGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, weight: Tensor, x: Tensor, geometry: _Geometry) -> Tensor | None:
         ctx.save_for_backward(g, weight)
+        ctx.set_materialize_grads(False)
         ctx.geometry = geometry
         return _gradients(g, x, weight, geometry, True, False)[0]
 
     @staticmethod
-    def backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, h: Tensor | None) -> tuple[Tensor | None, ...]:
+        if h is None:
+            return None, None, None, None
         g, weight = ctx.saved_tensors
         dg = _Convolution.apply(h, weight, ctx.geometry) if ctx.needs_input_grad[0] else None  # type: ignore[no-untyped-call]
         dw = None
@@ -101,11 +107,14 @@ class _WeightGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor | None:
         ctx.save_for_backward(g, x)
+        ctx.set_materialize_grads(False)
         ctx.geometry = geometry
         return _gradients(g, x, weight, geometry, False, True)[1]
 
     @staticmethod
-    def backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, h: Tensor | None) -> tuple[Tensor | None, ...]:
+        if h is None:
+            return None, None, None, None
         g, x = ctx.saved_tensors
         dg = _Convolution.apply(x, h, ctx.geometry) if ctx.needs_input_grad[0] else None  # type: ignore[no-untyped-call]
         dx = None

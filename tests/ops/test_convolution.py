@@ -56,6 +56,18 @@ def test_no_convolution_for_each_group() -> None:
     assert {event.key: event.count for event in profile.key_averages()}["aten::convolution"] == 6
 
 
+def test_batched_gradients_and_unused_ones() -> None:
+    x, weight = torch.randn(2, 3, 5, 5).requires_grad_(), torch.randn(4, 3, 3, 3).requires_grad_()
+    results = []
+    for convolve in (convolution, F.conv2d):
+        y = convolve(x, weight)
+        batch = torch.linspace(-1, 1, 3 * y.numel()).view(3, *y.shape)
+        (g,) = torch.autograd.grad(y, x, batch, create_graph=True, is_grads_batched=True)
+        results.append([g, *torch.autograd.grad(g.square().sum(), (x, weight), allow_unused=True, materialize_grads=True)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("mode", ["jvp", "func", "autocast", "compile"])
 def test_what_it_leaves_to_torch(mode: str) -> None:
     x, weight = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3)

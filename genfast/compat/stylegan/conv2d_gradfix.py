@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genfast.ops._autograd import tangent_rule
+from genfast.ops._convolution import convolution
 
 enabled = False  # set by the user: whether `no_weight_gradients` has an effect
 weight_gradients_disabled = False
@@ -56,10 +57,17 @@ def gated(weight: Tensor) -> Tensor:
     return result
 
 
+def _usual(input: Tensor, bias: Tensor | None, padding: Any, dilation: Any) -> bool:
+    """Whether `convolution` serves, whose gradients of gradients need no convolution for each group."""
+    return input.ndim == 4 and bias is None and dilation in (1, (1, 1)) and not isinstance(padding, str)
+
+
 def conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Tensor:
     """`torch.nn.functional.conv2d`."""
+    if _usual(input, bias, padding, dilation):
+        return convolution(input, gated(weight), stride, padding, groups)
     return F.conv2d(input, gated(weight), bias, stride, padding, dilation, groups)
 
 
@@ -74,4 +82,6 @@ def conv_transpose2d(
     dilation: Any = 1,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose2d`."""
+    if _usual(input, bias, padding, dilation) and output_padding in (0, (0, 0)):
+        return convolution(input, gated(weight), stride, padding, groups, transposed=True)
     return F.conv_transpose2d(input, gated(weight), bias, stride, padding, output_padding, groups, dilation)
