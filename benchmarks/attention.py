@@ -247,9 +247,9 @@ def time_decode(case: DecodeCase, dtype: torch.dtype, options: Options) -> list[
     ]
 
 
-def matmul_tflops(device: str, dtype: torch.dtype) -> float:
+def matmul_tflops(device: str, dtype: torch.dtype, quick: bool) -> float:
     """The ceiling: torch's product of two square matrices of random numbers, in TFLOP/s."""
-    n = 8192 if device == "cuda" else 1024
+    n = 256 if quick else 8192 if device == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     us = timing.interleave({"matmul": lambda: a @ b}, device=device, rounds=11, round_seconds=0.05, quiet=False)["matmul"].median
     return 2.0 * n**3 / us * 1e-6
@@ -260,7 +260,7 @@ def run(options: Options) -> Iterator[tuple[str, list[Row]]]:
     for threads in options.threads:
         if options.device == "cpu":
             torch.set_num_threads(threads)
-        ceilings = {dtype: matmul_tflops(options.device, dtype) for dtype in dtypes}
+        ceilings = {dtype: matmul_tflops(options.device, dtype, options.quick) for dtype in dtypes}
         for shape in attention_cases(options.device):
             if options.filter not in shape.name:
                 continue

@@ -134,10 +134,10 @@ def heap_growth(command: str, steps: int) -> list[Row]:
 
 def run(options: Options) -> Iterator[tuple[str, list[Row]]]:
     """Every case, in every dtype and with every number of threads."""
-    if options.device == "cuda":
-        cases, dtypes = step_cases(pixels=(8, 3, 1024, 1024)), [torch.float32, torch.bfloat16]
-    else:
-        cases, dtypes = (step_cases((2, 3, 16, 16), (1, 4, 8, 8)) if options.quick else step_cases()), [torch.float32]
+    dtypes = [torch.float32, torch.bfloat16] if options.device == "cuda" else [torch.float32]
+    cases = step_cases(pixels=(8, 3, 1024, 1024)) if options.device == "cuda" else step_cases()
+    if options.quick:
+        cases = step_cases((2, 3, 16, 16), (1, 4, 8, 8))
     for case in cases:
         for dtype, threads in itertools.product(dtypes, options.threads) if options.filter in case.name else []:
             label = f"{case.name}, {str(dtype).removeprefix('torch.')}" + (f", {threads} threads" if threads else "")

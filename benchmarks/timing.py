@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import platform
 import subprocess
 import time
@@ -168,12 +170,20 @@ def interleave(
     return result
 
 
+@functools.cache
+def _said(*command: str) -> str:
+    """What a command says, or nothing where it fails or is not there."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
 def environment(device: str) -> dict[str, Any]:
-    """What every row carries: commit, versions, device. CPU and GPU rows are never mixed."""
+    """What every row carries: commit (GENFAST_COMMIT where this is no repository), versions, device. CPU and GPU rows are never mixed."""
     root = Path(__file__).resolve().parent.parent
-    git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     facts: dict[str, Any] = {
-        "commit": git.stdout.strip() or "unknown",
+        "commit": _said("git", "-C", str(root), "describe", "--always", "--dirty") or os.environ.get("GENFAST_COMMIT", "unknown"),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "genfast": genfast.__version__,
         "torch": torch.__version__,
@@ -181,10 +191,8 @@ def environment(device: str) -> dict[str, Any]:
         "device": device,
     }
     if device == "cuda":
-        driver = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False
-        )
-        facts |= {"gpu": torch.cuda.get_device_name(), "driver": driver.stdout.strip(), "cuda": torch.version.cuda}
+        driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        facts |= {"gpu": torch.cuda.get_device_name(), "driver": driver, "cuda": torch.version.cuda}
     else:
         model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
         facts |= {"cpu": model or platform.processor(), "isa": cpu_isa(), "threads": torch.get_num_threads()}

@@ -5,6 +5,7 @@
 # `sanitize`, `hopper`, one after the other.
 #   GENFAST_GPU_WHEEL=FILE   use the libraries of this wheel (GENFAST_CUDA_ARCHS=90a-real make wheel, made ahead) instead of building
 #   GENFAST_GPU_PACKAGES=DIR wheels to install besides, such as diffusers'
+#   GENFAST_COMMIT=NAME      what rows say of the source where it came without its repository
 set -u
 out=$1
 shift
@@ -12,7 +13,8 @@ shift
 mkdir -p "$out"
 venv=${GENFAST_GPU_VENV:-/tmp/genfast-gpu}
 py=$venv/bin/python
-PATH=$venv/bin:$(python3 -c 'import os, sys; print(os.path.dirname(sys.executable))'):$PATH:/usr/local/cuda/bin
+parent=$(python3 -c 'import sys; print(sys.executable)')
+PATH=$(dirname "$parent"):$PATH:/usr/local/cuda/bin
 export PATH PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
 [ "$arch" = 90 ] && arch=90a
@@ -35,12 +37,14 @@ for what in "$@"; do
   case $what in
     build)
       # The packages of the environment that python3 belongs to, with genfast built for this GPU on top. Its pip serves; ensurepip may lack.
-      python3 -m venv --without-pip "$venv"
-      python3 -c 'import site; print("\n".join(f"import site; site.addsitedir({p!r})" for p in site.getsitepackages()))' \
-        > "$("$py" -c 'import site; print(site.getsitepackages()[0])')/parent.pth"
+      "$parent" -m venv --without-pip "$venv"
+      site=$("$py" -c 'import site; print(site.getsitepackages()[0])')
+      "$parent" -c 'import site; print("\n".join(f"import site; site.addsitedir({p!r})" for p in site.getsitepackages()))' \
+        > "$site/parent.pth"
       [ -z "${GENFAST_GPU_PACKAGES:-}" ] || step packages 120 "$py" -m pip install --no-index --no-deps "$GENFAST_GPU_PACKAGES"/*.whl
       if [ -n "${GENFAST_GPU_WHEEL:-}" ]; then
-        step wheel 60 sh -c '"$0" -m zipfile -e "$1" "$2" && cp "$2"/genfast/*.so genfast/' "$py" "$GENFAST_GPU_WHEEL" "$venv/wheel"
+        step wheel 60 sh -c '"$0" -m zipfile -e "$1" "$2/from-wheel" && cp "$2"/from-wheel/genfast/*.so genfast/ && cp -r "$2"/from-wheel/*.dist-info "$2"' \
+          "$py" "$GENFAST_GPU_WHEEL" "$site"
       else
         step build 570 "$py" -m pip install --no-build-isolation --no-deps --no-index --verbose --editable . \
           --config-settings=cmake.define.GENFAST_CUDA=ON --config-settings=cmake.define.GENFAST_CUDA_ARCHS="$arch-real" \
@@ -60,7 +64,7 @@ for what in "$@"; do
     sanitize:*:*) # without torch's cache of memory, in which an address out of bounds is another tensor's
       name=${what##*:} tool=${what#*:}
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "sanitize-${tool%:*}-$name" 180 compute-sanitizer --tool "${tool%:*}" --error-exitcode 9 \
-        --kernel-regex kns=genfast "$py" -m pytest -m cuda "tests/cuda/test_cuda_$name.py" \
+        --kernel-name kns=genfast "$py" -m pytest -m cuda "tests/cuda/test_cuda_$name.py" \
         -k "not capture and not torch.float16 and not torch.float64"
       ;;
     hopper) # its verdicts as they come: a new kernel may hang

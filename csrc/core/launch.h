@@ -14,9 +14,10 @@
 #if defined(GF_EMULATE)
 #include "emulator.h"
 
-#define GF_LAUNCH(kernel, grid, block, dynamic_bytes, stream, ...) \
-  (static_cast<void>(stream), gf_emulator::launch(grid, block, dynamic_bytes, [&] { (kernel)(__VA_ARGS__); }))
-#define GF_ALLOW_SHARED(kernel, bytes) static_cast<void>(bytes)
+#define GF_LAUNCH(kernel, grid, block, dynamic_bytes, stream, ...)                                             \
+  (static_cast<void>(stream), gf_emulator::shared_limit(gf_emulator::address_of(kernel)).check(dynamic_bytes), \
+   gf_emulator::launch(grid, block, dynamic_bytes, [&] { (kernel)(__VA_ARGS__); }))
+#define GF_ALLOW_SHARED(kernel, bytes) gf_emulator::shared_limit(gf_emulator::address_of(kernel)).allow(bytes)
 #define GF_SHARED(type, name)  \
   static char name##_is_here_; \
   auto& name = *static_cast<std::type_identity_t<type>*>(gf_emulator::shared_memory(&name##_is_here_, sizeof(type)))

@@ -17,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <new>
 #include <numeric>
@@ -351,12 +352,36 @@ inline void run_block() {
   if (!m.copies.empty()) fail("the block has ended and a copy of its shared memory is still under way");
 }
 
+// How much dynamic shared memory a kernel may have: 48 KiB, and more once it is allowed as much as the device gives a block: 99 KiB, what
+// the smallest of sm_80 and newer gives (sm_86), or 227 KiB of sm_90.
+struct SharedLimit {
+  size_t bytes = 48 * 1024;
+
+  void allow(size_t wanted) {
+    const size_t most = size_t(setting("GENFAST_EMULATOR_CAPABILITY", 80) >= 90 ? 227 : 99) * 1024;
+    if (wanted > most) fail(std::to_string(wanted) + " bytes of shared memory, the device gives a block " + std::to_string(most));
+    bytes = wanted;
+  }
+  void check(size_t wanted) const {
+    if (wanted > bytes) fail(std::to_string(wanted) + " bytes of shared memory, the kernel is allowed " + std::to_string(bytes));
+  }
+};
+template <class... Parameters>
+const void* address_of(void (*kernel)(Parameters...)) {
+  return reinterpret_cast<const void*>(kernel);
+}
+inline SharedLimit& shared_limit(const void* kernel) {
+  static std::map<const void*, SharedLimit> limits;
+  return limits[kernel];
+}
+
 template <class Body>
 void launch(dim3 grid, dim3 block, size_t dynamic_bytes, Body&& body) {
   Machine& m = machine;
   if (m.current) fail("a kernel launched a kernel");
   const size_t count = size_t(block.x) * block.y * block.z;
-  if (!count || count > 1024 || !grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535) fail("invalid launch configuration");
+  if (!count || count > 1024 || block.z > 64 || !grid.x || !grid.y || !grid.z || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535)
+    fail("invalid launch configuration");
   const auto seed = unsigned(setting("GENFAST_EMULATOR_SEED", 0));
   std::mt19937 random(seed);
   std::vector<uint64_t> blocks(uint64_t(grid.x) * grid.y * grid.z);

@@ -23,7 +23,7 @@ FLAGS = [
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-ffile-prefix-map={ROOT}/="),
     *("-DGF_EMULATE", f"-I{ROOT / 'tests/emulator'}", f"-I{ROOT / 'csrc'}"),
 ]
-SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer"]
+SANITIZE = ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-fno-omit-frame-pointer"]
 
 
 def compiler() -> list[str]:

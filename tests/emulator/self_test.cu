@@ -26,10 +26,25 @@ enum Bug : int {
   kDifferentBarriers,
   kUnwrittenShared,
   kNoWarpBarrier,
+  kSharedNotAllowed,
+  kSharedBeyondDevice,
+  kMisaligned,
 };
-constexpr const char* kBugs[] = {
-    "none",         "out_of_bounds",        "shared_overrun", "no_first_barrier",   "no_second_barrier", "divergent_barrier",
-    "shuffle_mask", "shuffle_missing_lane", "shuffle_source", "different_barriers", "unwritten_shared",  "no_warp_barrier"};
+constexpr const char* kBugs[] = {"none",
+                                 "out_of_bounds",
+                                 "shared_overrun",
+                                 "no_first_barrier",
+                                 "no_second_barrier",
+                                 "divergent_barrier",
+                                 "shuffle_mask",
+                                 "shuffle_missing_lane",
+                                 "shuffle_source",
+                                 "different_barriers",
+                                 "unwritten_shared",
+                                 "no_warp_barrier",
+                                 "shared_not_allowed",
+                                 "shared_beyond_device",
+                                 "misaligned"};
 
 constexpr int kTile = 16;
 
@@ -123,6 +138,14 @@ __global__ void __launch_bounds__(256) histogram(const int* values, int n, unsig
   if (thread == 0) *total = sum[0];
 }
 
+// y = x, by way of much shared memory, 16 bytes at a time.
+__global__ void through_shared(const float* x, float* y) {
+  GF_DYNAMIC_SHARED(uint4, tile);
+  tile[threadIdx.x] = reinterpret_cast<const uint4*>(x)[threadIdx.x];
+  __syncthreads();
+  reinterpret_cast<uint4*>(y)[threadIdx.x] = tile[threadIdx.x];
+}
+
 template <class T>
 std::vector<T> filled(size_t n, T (*make)(float)) {
   static std::mt19937 random(1);
@@ -199,12 +222,23 @@ double check_histogram() {
   return count == want && smallest == 3 && total == sum ? 0.0 : INFINITY;
 }
 
+double check_through_shared(Bug bug) {
+  const int n = 128;
+  const auto x = filled(n + 4, same);
+  std::vector<float> y(n, NAN);
+  const size_t bytes = bug == kSharedBeyondDevice ? 100 * 1024 : 64 * 1024;
+  if (bug != kSharedNotAllowed) GF_ALLOW_SHARED(through_shared, bytes);
+  const float* from = x.data() + (bug == kMisaligned ? 1 : 4);
+  GF_LAUNCH(through_shared, 1, n / 4, bytes, nullptr, from, y.data());
+  return worst(y, std::vector<double>(from, from + n));
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
   const char* name = count > 1 ? arguments[1] : "";
   Bug bug = kNone;
-  for (int i = 0; i <= kNoWarpBarrier; ++i) {
+  for (int i = 0; i <= kMisaligned; ++i) {
     if (count > 2 && !std::strcmp(arguments[2], kBugs[i])) bug = static_cast<Bug>(i);
   }
   try {
@@ -213,6 +247,7 @@ int main(int count, char** arguments) {
     if (!std::strcmp(name, "rms_norm")) error = check_rms_norm(bug);
     if (!std::strcmp(name, "mma_gemm")) error = check_mma_gemm(bug);
     if (!std::strcmp(name, "histogram")) error = check_histogram();
+    if (!std::strcmp(name, "through_shared")) error = check_through_shared(bug);
     std::printf("%s: largest error %g\n", name, error);
     return error < 1e-4 ? 0 : 1;
   } catch (const std::exception& refusal) {

@@ -18,7 +18,7 @@ def run(kernel: str, bug: str = "none", *, seed: int = 0, sanitize: bool = False
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("kernel", ["tiled_gemm", "rms_norm", "mma_gemm", "histogram"])
+@pytest.mark.parametrize("kernel", ["tiled_gemm", "rms_norm", "mma_gemm", "histogram", "through_shared"])
 def test_right_kernels(kernel: str, seed: int) -> None:
     done = run(kernel, seed=seed)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -57,8 +57,26 @@ def test_refused(kernel: str, bug: str, sentence: str, seed: int) -> None:
     assert "self_test.cu" in done.stderr or "line" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("bug", "sentence"),
+    [
+        ("shared_not_allowed", "65536 bytes of shared memory, the kernel is allowed 49152"),
+        ("shared_beyond_device", "102400 bytes of shared memory, the device gives a block 101376"),
+    ],
+)
+def test_a_launch_that_a_device_refuses(bug: str, sentence: str) -> None:
+    done = run("through_shared", bug)
+    assert done.returncode == REFUSED and sentence in done.stderr, done.stdout + done.stderr
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["tiled_gemm", "rms_norm", "mma_gemm", "histogram"])
+def test_a_misaligned_access_is_caught() -> None:
+    done = run("through_shared", "misaligned", sanitize=True)
+    assert done.returncode != 0 and "misaligned address" in done.stderr and "self_test.cu:" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["tiled_gemm", "rms_norm", "mma_gemm", "histogram", "through_shared"])
 def test_right_kernels_under_address_sanitizer(kernel: str) -> None:
     done = run(kernel, seed=1, sanitize=True)
     assert done.returncode == 0, done.stdout + done.stderr
