@@ -38,7 +38,7 @@ CONV2D_RESAMPLE = OpSpec(
         BadInput(
             "a weight of other channels", _with(w=torch.zeros(5, 2, 1, 1)), "w: got shape (5, 2, 1, 1) for x (2, 3, 5, 6) in 1 groups"
         ),
-        BadInput("up zero", _with(up=0), "up and down: got (0, 1), supported: integers of at least 1"),
+        BadInput("up zero", _with(up=0), "up: got 0, supported: an integer of at least 1"),
         BadInput("an integer x", _with(x=torch.zeros(2, 3, 5, 6, dtype=torch.int32)), "x: got torch.int32, supported: torch.float32"),
     ],
     batched=["x"],
