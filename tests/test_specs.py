@@ -273,6 +273,36 @@ def test_transforms(spec: OpSpec, case: Case) -> None:
             torch.testing.assert_close(per_sample[k], torch.func.grad(loss(plain))(*(t[k] for t in many)), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize(("spec", "case"), ONCE)
+def test_batched_gradients_are_exact_or_refused(spec: OpSpec, case: Case) -> None:
+    """``is_grads_batched`` (and ``vectorize=True``, which is that): where it is not refused, no derivative of the gradients is lost."""
+    function, given = as_function(spec, ops, case.make(torch.float64))
+    tensors = [t.detach().requires_grad_() for t in given]
+    draw = torch.Generator().manual_seed(0)
+
+    def gradients_of(batched: bool) -> list[Tensor]:
+        results = [r for r in function(*tensors) if r.requires_grad]
+        draw.manual_seed(0)
+        weights = [torch.randn(2, *r.shape, generator=draw, dtype=r.dtype, requires_grad=True) for r in results]
+        options: dict[str, Any] = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
+        if batched:
+            first = torch.autograd.grad(results, tensors, weights, is_grads_batched=True, **options)
+        else:
+            each = [torch.autograd.grad(results, tensors, [w[i] for w in weights], **options) for i in range(2)]
+            first = tuple(map(torch.stack, zip(*each, strict=True)))
+        loss = torch.stack([(f**2).sum() for f in first]).sum()
+        return [*first, *torch.autograd.grad(loss, [*tensors, *weights], allow_unused=True, materialize_grads=True)]
+
+    expected = gradients_of(False)
+    try:
+        got = gradients_of(True)
+    except (RuntimeError, ValueError) as refused:
+        assert "does not require grad" not in str(refused)
+        return
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.detach().abs().max().clamp(min=1)) if b.numel() else 0.0)
+
+
 @pytest.mark.parametrize(("spec", "case"), [p for p in ONCE if p.values[1].name in p.values[0].twice])
 def test_inputs_computed_from_each_other(spec: OpSpec, case: Case) -> None:
     """Each input depends on the one before it: no path is counted twice or lost in the first two derivatives."""

@@ -14,7 +14,7 @@ from genfast import _library
 from . import _attention_blocks as blocks
 from . import _backend
 from ._attention_blocks import Inputs, unit, whole
-from ._autograd import refuse_lost_derivatives
+from ._autograd import gradient_rule, refuse_lost_derivatives
 from ._backend import implementations
 
 _PRIMALS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, bool causal, float scale"
@@ -106,7 +106,7 @@ class _Tangent(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, bias, mask, *tangents)
         ctx.set_materialize_grads(False)
 
-    @staticmethod
+    @gradient_rule
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         differentiated = torch.is_grad_enabled()
         *saved, mask, tq, tk, tv, tbias = ctx.saved_tensors

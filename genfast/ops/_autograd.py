@@ -56,6 +56,28 @@ def wanted(tensors: Iterable[Tensor | None]) -> bool:
     return _carried(tensors)
 
 
+def batched(gradient: Tensor | None) -> bool:
+    """Whether ``gradient`` is a batch of them, by ``is_grads_batched`` or ``vectorize=True``."""
+    return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
+def gradient_rule(rule: Callable[..., Any]) -> Any:
+    """``rule(ctx, *gradients)`` as the ``backward`` of an autograd.Function.
+
+    torch hands a batch of gradients through custom derivatives as if it were one, and drops the graph of what they return (seen on 2.13):
+    derivatives of it would be wrong without a word.
+    """
+
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        for gradient in gradients:
+            if batched(gradient):
+                got = "a batch of them, by is_grads_batched or vectorize=True"
+                raise refusal("gradients of genfast's operators", got, "one at a time, or torch.vmap over torch.func.vjp")
+        return rule(ctx, *gradients)
+
+    return staticmethod(backward)
+
+
 def tangent_rule(rule: Callable[..., Any]) -> Any:
     """``rule(ctx, saved, *tangents)`` as the ``jvp`` of an autograd.Function; ``saved``: its saved tensors.
 
@@ -213,7 +235,7 @@ class _Step(torch.autograd.Function):
         ctx.save_for_forward(coef, index, *tensors)
         ctx.dtypes = [None if t is None else t.dtype for t in tensors]
 
-    @staticmethod
+    @gradient_rule
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (coef,) = ctx.saved_tensors
         present = [dtype for dtype in ctx.dtypes if dtype is not None]
@@ -259,7 +281,7 @@ class _TransposedStep(torch.autograd.Function):
         ctx.save_for_forward(coef, *grads)
         ctx.outputs = len(grads)
 
-    @staticmethod
+    @gradient_rule
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (coef,) = ctx.saved_tensors
         given = iter(grads)

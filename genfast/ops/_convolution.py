@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._autograd import wanted
+from ._autograd import batched, wanted
 
 
 class _Geometry(NamedTuple):
@@ -58,6 +58,32 @@ def _gradients(g: Tensor, x: Tensor, weight: Tensor, geometry: _Geometry, *asked
     return dx, dw
 
 
+def _by_torch(g: Tensor) -> bool:
+    """Whether derivatives are left to torch: of batched gradients, whose graph a custom derivative would drop."""
+    return torch._C._are_functorch_transforms_active() or batched(g)
+
+
+def _convolve(x: Tensor, weight: Tensor, geometry: _Geometry, by_torch: bool) -> Tensor:
+    result: Tensor = torch.ops.aten.convolution(x, weight, None, *geometry) if by_torch else _Convolution.apply(x, weight, geometry)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _input_gradient(g: Tensor, weight: Tensor, x: Tensor, geometry: _Geometry, by_torch: bool) -> Tensor | None:
+    """Of ``x`` the shape is read."""
+    if by_torch:
+        return _gradients(g, x, weight, geometry, True, False)[0]
+    result: Tensor = _InputGradient.apply(g, weight, x.detach(), geometry)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _weight_gradient(g: Tensor, x: Tensor, weight: Tensor, geometry: _Geometry, by_torch: bool) -> Tensor | None:
+    """Of ``weight`` the shape is read."""
+    if by_torch:
+        return _gradients(g, x, weight, geometry, False, True)[1]
+    result: Tensor = _WeightGradient.apply(g, x, weight.detach(), geometry)  # type: ignore[no-untyped-call]
+    return result
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
@@ -72,10 +98,11 @@ class _Convolution(torch.autograd.Function):
             return None, None, None
         x, weight = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():  # batched gradients are torch's own, to every order
+        if not torch.is_grad_enabled():
             return (*_gradients(g, x, weight, ctx.geometry, needs_x, needs_weight), None)
-        dx = _InputGradient.apply(g, weight, x.detach(), ctx.geometry) if needs_x else None  # type: ignore[no-untyped-call]
-        dw = _WeightGradient.apply(g, x, weight.detach(), ctx.geometry) if needs_weight else None  # type: ignore[no-untyped-call]
+        by_torch = _by_torch(g)
+        dx = _input_gradient(g, weight, x, ctx.geometry, by_torch) if needs_x else None
+        dw = _weight_gradient(g, x, weight, ctx.geometry, by_torch) if needs_weight else None
         return dx, dw, None
 
 
@@ -93,11 +120,9 @@ class _InputGradient(torch.autograd.Function):
     def backward(ctx: Any, h: Tensor | None) -> tuple[Tensor | None, ...]:
         if h is None:
             return None, None, None, None
-        g, weight = ctx.saved_tensors
-        dg = _Convolution.apply(h, weight, ctx.geometry) if ctx.needs_input_grad[0] else None  # type: ignore[no-untyped-call]
-        dw = None
-        if ctx.needs_input_grad[1]:
-            dw = _WeightGradient.apply(g, h, weight.detach(), ctx.geometry)  # type: ignore[no-untyped-call]
+        (g, weight), by_torch = ctx.saved_tensors, _by_torch(h)
+        dg = _convolve(h, weight, ctx.geometry, by_torch) if ctx.needs_input_grad[0] else None
+        dw = _weight_gradient(g, h, weight, ctx.geometry, by_torch) if ctx.needs_input_grad[1] else None
         return dg, dw, None, None
 
 
@@ -115,9 +140,7 @@ class _WeightGradient(torch.autograd.Function):
     def backward(ctx: Any, h: Tensor | None) -> tuple[Tensor | None, ...]:
         if h is None:
             return None, None, None, None
-        g, x = ctx.saved_tensors
-        dg = _Convolution.apply(x, h, ctx.geometry) if ctx.needs_input_grad[0] else None  # type: ignore[no-untyped-call]
-        dx = None
-        if ctx.needs_input_grad[1]:
-            dx = _InputGradient.apply(g, h, x.detach(), ctx.geometry)  # type: ignore[no-untyped-call]
+        (g, x), by_torch = ctx.saved_tensors, _by_torch(h)
+        dg = _convolve(x, h, ctx.geometry, by_torch) if ctx.needs_input_grad[0] else None
+        dx = _input_gradient(g, h, x, ctx.geometry, by_torch) if ctx.needs_input_grad[1] else None
         return dg, dx, None, None

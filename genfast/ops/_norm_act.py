@@ -17,7 +17,7 @@ from genfast.reference.bias_act import ACTIVATIONS, activation_derivative
 
 from . import _backend
 from ._activations import CODES, curve_of
-from ._autograd import refuse_lost_derivatives, wanted
+from ._autograd import gradient_rule, refuse_lost_derivatives, wanted
 from ._checks import check_floating, check_is_tensor, refusal
 
 _MOMENTS, _APPLY, _SUMS, _BACKWARD, _MOMENTS_APPLY, _SUMS_BACKWARD = range(6)  # Which of csrc/ops/bn_act/bn_act.cpp
@@ -147,7 +147,7 @@ class _NormAct(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         return y, moments
 
-    @staticmethod
+    @gradient_rule
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 7

@@ -17,7 +17,7 @@ from . import _attention_blocks as blocks
 from . import _backend
 from ._attention_blocks import Inputs, unit, whole
 from ._attention_tangent import tangent
-from ._autograd import refuse_lost_derivatives, tangent_rule, wanted
+from ._autograd import gradient_rule, refuse_lost_derivatives, tangent_rule, wanted
 from ._backend import implementations
 from ._checks import check_floating, check_is_tensor, check_tensor, readable, refusal
 
@@ -397,7 +397,7 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_forward(*tensors, *output)
         ctx.set_materialize_grads(False)
 
-    @staticmethod
+    @gradient_rule
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, bias, mask, o, lse = ctx.saved_tensors
         if do is None:
@@ -469,7 +469,7 @@ class _AttentionBackward(torch.autograd.Function):
         x = Inputs(q, k, v, bias, mask, ctx.causal, ctx.scale)
         return blocks.backward_tangent(x, do, dlse, _direction((q, k, v, bias), direction), tdo, tdlse, bias_grad)
 
-    @staticmethod
+    @gradient_rule
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         bias_wanted = ctx.needs_input_grad[5]
         direction = (*cotangents, None) if len(cotangents) == 3 else cotangents

@@ -17,7 +17,7 @@ from genfast.reference.bias_act import ACTIVATIONS, bias_act_derivative
 
 from . import _backend
 from ._activations import CODES, curve_of
-from ._autograd import refuse_lost_derivatives, tangent_rule, wanted
+from ._autograd import gradient_rule, refuse_lost_derivatives, tangent_rule, wanted
 from ._checks import check_floating, check_tensor, refusal
 
 _STRAIGHT = ("linear", "relu", "lrelu")  # zero from the second derivative on
@@ -133,7 +133,7 @@ class _BiasAct(torch.autograd.Function):
         ctx.save_for_backward(*((None,) * 3 if ctx.constant else (None, output[0], None) if ctx.from_result else (factor, x, b)))
         ctx.save_for_forward(factor, x, b)
 
-    @staticmethod
+    @gradient_rule
     def backward(ctx: Any, grad: Tensor | None, grad_sums: Tensor | None = None) -> tuple[Tensor | None, ...]:
         curve, order = ctx.curve, ctx.order
         factor, x, b = ctx.saved_tensors

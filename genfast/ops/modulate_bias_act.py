@@ -13,7 +13,7 @@ from genfast.reference.solver_step import layout_of
 
 from . import _backend
 from ._activations import CODES, curve_of
-from ._autograd import refuse_lost_derivatives, wanted
+from ._autograd import gradient_rule, refuse_lost_derivatives, wanted
 from ._checks import check_floating, refusal
 from .bias_act import bias_act
 
@@ -118,7 +118,7 @@ class _Modulate(torch.autograd.Function):
         ctx.save_for_backward(x, *tensors)
         return _kernel(x, tensors, curve)
 
-    @staticmethod
+    @gradient_rule
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:5]
         return (*_Gradient.apply(dy, ctx.curve, needed, *ctx.saved_tensors), None)  # type: ignore[no-untyped-call]
@@ -142,7 +142,7 @@ class _Gradient(torch.autograd.Function):
             results[3] = grad_noise.sum(0, keepdim=True) if len(noise) < len(x) else grad_noise
         return tuple(r if n else None for r, n in zip(results, needed, strict=True))
 
-    @staticmethod
+    @gradient_rule
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         further, needs = torch.is_grad_enabled(), (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
         # Views, so that a tensor computed from another one, say scale from x, does not lead there a second time.

@@ -15,7 +15,7 @@ from genfast.reference.qknorm_rope import split_heads, turned
 
 from . import _backend
 from ._attention_blocks import unit
-from ._autograd import refuse_lost_derivatives, wanted
+from ._autograd import gradient_rule, refuse_lost_derivatives, wanted
 from ._checks import check_floating, refusal
 from .attention import _heads_last, _straight, _untracked, attention
 
@@ -384,7 +384,7 @@ class _QkNormRope(torch.autograd.Function):
         *tensors, ctx.options = inputs
         ctx.save_for_backward(*tensors)
 
-    @staticmethod
+    @gradient_rule
     def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | None, ...]:
         given, needs = ctx.saved_tensors, ctx.needs_input_grad[:6]
         if torch.is_grad_enabled():

@@ -13,7 +13,7 @@ from genfast.reference.solver_step import layout_of
 from genfast.reference.upfirdn2d import Pair, filter_size, padding_of, pair, same_padding, setup_filter
 
 from . import _backend
-from ._autograd import refuse_lost_derivatives, tangent_rule, wanted
+from ._autograd import gradient_rule, refuse_lost_derivatives, tangent_rule, wanted
 from ._checks import check_floating, number, refusal
 
 __all__ = ["downsample2d", "filter2d", "setup_filter", "upfirdn2d", "upsample2d"]
@@ -137,7 +137,7 @@ class _Upfirdn2d(torch.autograd.Function):
         ctx.save_for_backward(f)
         ctx.save_for_forward(f)
 
-    @staticmethod
+    @gradient_rule
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (f,) = ctx.saved_tensors
         return _differentiable(grad, f, ctx.resampling.transposed(ctx.size, f)), None, None

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from genfast.ops._autograd import gradient_rule
+
 enabled = False  # set by the user: without it torch's own, which has first derivatives only
 
 
@@ -30,7 +32,7 @@ class _Sample(torch.autograd.Function):
         ctx.save_for_backward(input, grid)
         return F.grid_sample(input, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
-    @staticmethod
+    @gradient_rule
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         results: tuple[Tensor | None, Tensor | None]
         results = _Splat.apply(grad, *ctx.saved_tensors, *ctx.needs_input_grad)  # type: ignore[no-untyped-call]
@@ -49,7 +51,7 @@ class _Splat(torch.autograd.Function):
         results = torch.ops.aten.grid_sampler_2d_backward(grad, input, grid, 0, 0, False, [for_input, for_grid])
         return results[0] if for_input else None, results[1] if for_grid else None
 
-    @staticmethod
+    @gradient_rule
     def backward(ctx: Any, grad_splat: Tensor | None, grad_grid: Tensor | None) -> tuple[Tensor | None, ...]:
         (grid,) = ctx.saved_tensors
         if grad_grid is not None or ctx.needs_input_grad[2]:
