@@ -42,7 +42,7 @@ FILTERED_LRELU = OpSpec(
         BadInput("three dimensions", _with(x=torch.zeros(2, 3, 4)), "x: got 3 dimensions, supported: 4: (B, C, H, W)"),
         BadInput("a bias too long", _with(b=torch.zeros(4)), "b: got shape (4,), supported: (3,)"),
         BadInput("a negative clamp", _with(clamp=-1.0), "clamp: got -1.0, supported: a number of at least 0, or None"),
-        BadInput("down zero", _with(down=0), "down: got (0, 0), supported: integers of at least 1"),
+        BadInput("down zero", _with(down=0), "down: got 0, supported: an integer of at least 1"),
     ],
     batched=["x"],
     differentiable=["x", "b"],
