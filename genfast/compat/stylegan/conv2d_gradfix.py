@@ -1,4 +1,4 @@
-"""`torch_utils.ops.conv2d_gradfix`: torch's convolutions, which have every derivative, and the switch for those of the weights."""
+"""`torch_utils.ops.conv2d_gradfix`: convolutions with every derivative, and the switch for those of the weights."""
 
 from __future__ import annotations
 
