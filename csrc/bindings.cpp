@@ -2,12 +2,10 @@
 // so this module depends on a Python version only, never on a torch version.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <array>
 #include <cstdint>
 #include <string>
-#include <vector>
 
 #include "core/philox.h"
 
@@ -18,80 +16,43 @@ namespace {
 struct Kernel {
   const char* op;
   const char* backend;
-  std::vector<std::string> dtypes;  // of the state or output
-  const char* minimum;              // instruction set or GPU architecture
+  const char* dtypes;   // of the state or output, separated by spaces
+  const char* minimum;  // instruction set or GPU architecture
   const char* notes;
 };
 
-const std::vector<Kernel>& catalogue() {
-  static const std::vector<Kernel> kernels = {
-      {"noise", "cpu", {"float32", "float64", "bfloat16", "float16"}, "any; faster with AVX2 and AVX-512", "docs/noise.md, version 1"},
-      {"solver_step",
-       "cpu",
-       {"float32", "float64", "bfloat16", "float16"},
-       "any; faster with AVX2 and AVX-512",
-       "model output float32, bfloat16 or float16; float64 state with float64 or float32 output"},
-      {"bias_act",
-       "cpu",
-       {"float32", "float64", "bfloat16", "float16"},
-       "any; faster with AVX2 and AVX-512",
-       "nine activations, derivatives to the third order"},
-      {"bn_act",
-       "cpu",
-       {"float32", "float64", "bfloat16", "float16"},
-       "any; faster with AVX2 and AVX-512",
-       "statistics of a batch or of groups, residual, activation, backward"},
-      {"qknorm_rope",
-       "cpu",
-       {"float32", "float64", "bfloat16", "float16"},
-       "any; faster with AVX2 and AVX-512",
-       "RMS or layer norm and rotary embedding of queries and keys, backward"},
-      {"modulate_bias_act",
-       "cpu",
-       {"float32", "float64", "bfloat16", "float16"},
-       "any; faster with AVX2 and AVX-512",
-       "NCHW and channels_last, backward"},
-      {"upfirdn2d",
-       "cpu",
-       {"float32", "float64", "bfloat16", "float16"},
-       "any; faster with AVX2 and AVX-512",
-       "any scaling, padding and filter, separable or not"},
-      {"attention",
-       "cpu",
-       {"float32", "bfloat16", "float16"},
-       "any; faster with AVX2, AVX-512 and AMX",
-       "forward and backward; docs/attention.md"},
-      {"attention_decode", "cpu", {"float32", "bfloat16", "float16"}, "any; faster with AVX2 and AVX-512", "1 to 16 queries, split keys"},
+constexpr const char* kFloats = "float32 float64 bfloat16 float16";
+constexpr const char* kAttentionFloats = "float32 bfloat16 float16";
+constexpr const char* kAnyIsa = "any; faster with AVX2 and AVX-512";
+constexpr const char* kStepNotes = "model output float32, bfloat16 or float16; float64 state with float64 or float32 output";
+constexpr const char* kBiasActNotes = "nine activations, derivatives to the third order";
+constexpr const char* kBnActNotes = "statistics of a batch or of groups, residual, activation, backward";
+constexpr const char* kRopeNotes = "RMS or layer norm and rotary embedding of queries and keys, backward";
+constexpr const char* kModulateNotes = "NCHW and channels_last, backward";
+constexpr const char* kUpfirdnNotes = "any scaling, padding and filter, separable or not";
+
+constexpr Kernel kCatalogue[] = {
+    {"noise", "cpu", kFloats, kAnyIsa, "docs/noise.md, version 1"},
+    {"solver_step", "cpu", kFloats, kAnyIsa, kStepNotes},
+    {"bias_act", "cpu", kFloats, kAnyIsa, kBiasActNotes},
+    {"bn_act", "cpu", kFloats, kAnyIsa, kBnActNotes},
+    {"qknorm_rope", "cpu", kFloats, kAnyIsa, kRopeNotes},
+    {"modulate_bias_act", "cpu", kFloats, kAnyIsa, kModulateNotes},
+    {"upfirdn2d", "cpu", kFloats, kAnyIsa, kUpfirdnNotes},
+    {"attention", "cpu", kAttentionFloats, "any; faster with AVX2, AVX-512 and AMX", "forward and backward; docs/attention.md"},
+    {"attention_decode", "cpu", kAttentionFloats, kAnyIsa, "1 to 16 queries, split keys"},
 #ifdef GENFAST_HAS_CUDA
-      {"attention",
-       "cuda",
-       {"float32", "bfloat16", "float16"},
-       "any; tensor cores from sm_80",
-       "forward, backward; head dimensions up to 256"},
-      {"attention_decode", "cuda", {"float32", "bfloat16", "float16"}, "any; tensor cores from sm_80", "1 to 16 queries, split keys"},
-      {"noise", "cuda", {"float32", "float64", "bfloat16", "float16"}, "sm_75", "docs/noise.md, version 1"},
-      {"solver_step",
-       "cuda",
-       {"float32", "float64", "bfloat16", "float16"},
-       "sm_75",
-       "model output float32, bfloat16 or float16; float64 state with float64 or float32 output"},
-      {"bias_act", "cuda", {"float32", "float64", "bfloat16", "float16"}, "sm_75", "nine activations, derivatives to the third order"},
-      {"bn_act",
-       "cuda",
-       {"float32", "float64", "bfloat16", "float16"},
-       "sm_75",
-       "statistics of a batch or of groups, residual, activation, backward"},
-      {"qknorm_rope",
-       "cuda",
-       {"float32", "float64", "bfloat16", "float16"},
-       "sm_75",
-       "RMS or layer norm and rotary embedding of queries and keys, backward"},
-      {"modulate_bias_act", "cuda", {"float32", "float64", "bfloat16", "float16"}, "sm_75", "NCHW and channels_last, backward"},
-      {"upfirdn2d", "cuda", {"float32", "float64", "bfloat16", "float16"}, "sm_75", "any scaling, padding and filter, separable or not"},
+    {"attention", "cuda", kAttentionFloats, "any; tensor cores from sm_80", "forward, backward; head dimensions up to 256"},
+    {"attention_decode", "cuda", kAttentionFloats, "any; tensor cores from sm_80", "1 to 16 queries, split keys"},
+    {"noise", "cuda", kFloats, "sm_75", "docs/noise.md, version 1"},
+    {"solver_step", "cuda", kFloats, "sm_75", kStepNotes},
+    {"bias_act", "cuda", kFloats, "sm_75", kBiasActNotes},
+    {"bn_act", "cuda", kFloats, "sm_75", kBnActNotes},
+    {"qknorm_rope", "cuda", kFloats, "sm_75", kRopeNotes},
+    {"modulate_bias_act", "cuda", kFloats, "sm_75", kModulateNotes},
+    {"upfirdn2d", "cuda", kFloats, "sm_75", kUpfirdnNotes},
 #endif
-  };
-  return kernels;
-}
+};
 
 void check(std::int64_t seed, std::int64_t draw, std::int64_t stream, std::int64_t start, std::int64_t count) {
   auto require = [](bool ok, const char* name, std::int64_t got, const char* supported) {
@@ -140,9 +101,15 @@ PYBIND11_MODULE(_C, m) {
       "kernels",
       [] {
         py::list rows;
-        for (const Kernel& k : catalogue())
-          rows.append(py::dict(py::arg("op") = k.op, py::arg("backend") = k.backend, py::arg("dtypes") = k.dtypes,
-                               py::arg("minimum") = k.minimum, py::arg("notes") = k.notes));
+        for (const Kernel& k : kCatalogue) {
+          py::dict row;
+          row["op"] = k.op;
+          row["backend"] = k.backend;
+          row["dtypes"] = py::str(k.dtypes).attr("split")();
+          row["minimum"] = k.minimum;
+          row["notes"] = k.notes;
+          rows.append(row);
+        }
         return rows;
       },
       "The compiled kernels: a list of dictionaries with op, backend, dtypes, minimum and notes.");

@@ -80,7 +80,7 @@ GF_INLINE void noise_block(const NoiseWords& words, int g, VFloat (&z)[4]) {
 
 // Logical elements begin .. begin + n - 1 into out; any begin and n.
 template <bool kUniform>
-inline void noise_range(const NoiseKey& key, int64_t begin, int64_t n, float* out) {
+[[gnu::noinline]] inline void noise_range(const NoiseKey& key, int64_t begin, int64_t n, float* out) {
   NoiseWords words;
   const int64_t end = begin + n;
   for (int64_t at = begin / kBlock * kBlock; at < end; at += kNoiseTile) {
@@ -103,7 +103,8 @@ inline void noise_range(const NoiseKey& key, int64_t begin, int64_t n, float* ou
 
 // Storage positions begin .. begin + n - 1 (n at most kNoiseLaidOut) of a sample that lies channels_last.
 template <bool kUniform>
-inline void noise_channels_last(const NoiseKey& key, int64_t per_sample, int64_t channels, int64_t begin, int64_t n, float* out) {
+[[gnu::noinline]] inline void noise_channels_last(const NoiseKey& key, int64_t per_sample, int64_t channels, int64_t begin, int64_t n,
+                                                  float* out) {
   alignas(64) float row[kNoiseLaidOut];
   const int64_t spatial = per_sample / channels, end = begin + n;
   for (int64_t c = 0; c < channels; ++c) {

@@ -136,13 +136,14 @@ GF_INLINE VHalves narrow_f16(VFloat v) {
   return (VHalves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 #else
-GF_INLINE VFloat widen_f16(VHalves v) {
-  VFloat r;
+// A long sequence for each lane: called, not inlined, so that units without F16C stay small.
+[[gnu::noinline, maybe_unused]] inline VFloat widen_f16(VHalves v) {
+  VFloat r{};
   for (int i = 0; i < kLanes; ++i) r[i] = genfast::widen_f16(Float16{v[i]});
   return r;
 }
-GF_INLINE VHalves narrow_f16(VFloat v) {
-  VHalves r;
+[[gnu::noinline, maybe_unused]] inline VHalves narrow_f16(VFloat v) {
+  VHalves r{};
   for (int i = 0; i < kLanes; ++i) r[i] = genfast::narrow_f16(v[i]).bits;
   return r;
 }

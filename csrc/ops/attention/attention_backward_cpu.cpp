@@ -1,12 +1,11 @@
 #include "attention_backward_cpu.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <atomic>
 #include <memory>
 
 #include "../../core/cpu_isa.h"
+#include "../../core/parallel.h"
 #include "attention_cpu_threads.h"
 
 namespace genfast {
@@ -60,24 +59,23 @@ void launch_attention_backward_cpu(const AttentionBackwardParams& params) {
       plan.dbias = reinterpret_cast<float*>(bias_sums.get());
     }
     const int64_t written = plan.dbias_split ? plan.splits * biases : biases;
-    torch::stable::parallel_for(0, written, 1 << 16,
-                                [&](int64_t first, int64_t last) { std::fill(plan.dbias + first, plan.dbias + last, 0.0f); });
+    parallel_for(0, written, 1 << 16, [&](int64_t first, int64_t last) { std::fill(plan.dbias + first, plan.dbias + last, 0.0f); });
   }
 
   const int64_t products = 5 * (p.batch * p.heads * p.n * p.m * p.d / plan.units);
   std::atomic<int64_t> next{0};  // units differ in length under causality: each thread takes the next
-  torch::stable::parallel_for(0, plan.units, grain(products), [&](int64_t, int64_t) {
+  parallel_for(0, plan.units, grain(products), [&](int64_t, int64_t) {
     const Aligned scratch = aligned_bytes(kernels.scratch_bytes(params, plan));
     for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < plan.units;) kernels.run(params, plan, unit, scratch.get());
   });
   if (plan.splits > 1) {
     const int64_t blocks = p.batch * p.kv_heads * ((p.m + kernels.keys - 1) / kernels.keys);
-    torch::stable::parallel_for(0, blocks, grain(4 * kernels.keys * p.d), [&](int64_t first, int64_t last) {
+    parallel_for(0, blocks, grain(4 * kernels.keys * p.d), [&](int64_t first, int64_t last) {
       for (int64_t block = first; block < last; ++block) kernels.store_keys(params, plan, block);
     });
   }
   if (plan.dbias_split) {
-    torch::stable::parallel_for(0, biases, 1 << 14, [&](int64_t first, int64_t last) {
+    parallel_for(0, biases, 1 << 14, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         float sum = 0;
         for (int64_t s = 0; s < plan.splits; ++s) sum += plan.dbias[s * biases + i];

@@ -1,5 +1,3 @@
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -10,6 +8,7 @@
 #endif
 
 #include "../../core/cpu_isa.h"
+#include "../../core/parallel.h"
 #include "attention_cpu.h"
 #include "attention_cpu_threads.h"
 
@@ -53,7 +52,7 @@ void launch_attention_cpu(const AttentionParams& p) {
   const AttentionKernels& kernels = pick(p);
   const int64_t units = p.batch * p.heads * query_blocks(p, kernels.queries);
   const int64_t products = 2 * std::min<int64_t>(kernels.queries, p.n) * p.m * p.d;
-  torch::stable::parallel_for(0, units, grain(products), [&](int64_t first, int64_t last) {
+  parallel_for(0, units, grain(products), [&](int64_t first, int64_t last) {
     const Aligned scratch = aligned_bytes(kernels.scratch_bytes(p));
     kernels.run(p, first, last, scratch.get());
   });

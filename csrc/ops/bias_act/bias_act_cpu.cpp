@@ -1,6 +1,4 @@
 // Cuts the tensor into units, shares them among threads, and adds up the partial sums in an order that no thread count changes.
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <memory>
 #include <numeric>
@@ -8,6 +6,7 @@
 
 #include "../../core/cpu_isa.h"
 #include "../../core/huge_pages.h"
+#include "../../core/parallel.h"
 #include "bias_act_cpu.h"
 
 namespace genfast {
@@ -61,8 +60,7 @@ void run(const BiasActParams& p) {
 
   want_huge_pages(p.out, total * static_cast<int64_t>(sizeof(S)));
   const int64_t grain = std::max<int64_t>(1, kGrainElements * units / total);
-  torch::stable::parallel_for(0, units, grain,
-                              [&](int64_t first, int64_t last) { (is_short ? kernels.short_rows : kernels.long_rows)(t, first, last); });
+  parallel_for(0, units, grain, [&](int64_t first, int64_t last) { (is_short ? kernels.short_rows : kernels.long_rows)(t, first, last); });
   if (!p.sums) return;
 
   std::vector<double> sums(static_cast<size_t>(p.channels));

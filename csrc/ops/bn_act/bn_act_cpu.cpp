@@ -1,6 +1,4 @@
 // Cuts the tensor into units, shares them among threads, and adds up the partial sums in an order that no thread count changes.
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <memory>
 #include <numeric>
@@ -8,6 +6,7 @@
 
 #include "../../core/cpu_isa.h"
 #include "../../core/huge_pages.h"
+#include "../../core/parallel.h"
 #include "bn_act_cpu.h"
 
 namespace genfast {
@@ -65,7 +64,7 @@ void run(const BnActParams& p, int64_t element_size) {
   if (p.out) want_huge_pages(p.out, p.samples * per_sample * element_size);
 
   const int64_t grain = std::max<int64_t>(1, kGrainElements * t.units / (p.samples * per_sample));
-  torch::stable::parallel_for(0, t.units, grain, [&](int64_t first, int64_t last) { kernels.rows(t, is_short, first, last); });
+  parallel_for(0, t.units, grain, [&](int64_t first, int64_t last) { kernels.rows(t, is_short, first, last); });
   if (!p.sums) return;
 
   std::fill_n(p.sums, 2 * places, 0.0);

@@ -1,11 +1,10 @@
 // Shares the units of work among threads and adds up the partial sums in an order that no thread count changes.
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <memory>
 
 #include "../../core/cpu_isa.h"
 #include "../../core/huge_pages.h"
+#include "../../core/parallel.h"
 #include "modulate_bias_act_cpu.h"
 
 namespace genfast {
@@ -23,7 +22,7 @@ void run(const ModulateParams& p, int64_t element_size) {
   const int64_t total = p.batch * p.channels * p.inner;
   want_huge_pages(p.out, total * element_size);
   const int64_t grain = std::max<int64_t>(1, kGrainElements * units / total);
-  torch::stable::parallel_for(0, units, grain, [&](int64_t first, int64_t last) { kernels.units(t, first, last); });
+  parallel_for(0, units, grain, [&](int64_t first, int64_t last) { kernels.units(t, first, last); });
   if (!p.dy) return;
   std::fill_n(p.sums, p.batch * sums, 0.0);
   const T* next = partial.get();

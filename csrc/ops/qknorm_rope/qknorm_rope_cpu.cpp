@@ -1,13 +1,12 @@
 // Shares tokens among threads; backward, chunks of tokens, whose sums are added up in an order that no thread count changes.
 #include "qknorm_rope_cpu.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <memory>
 
 #include "../../core/cpu_isa.h"
 #include "../../core/huge_pages.h"
+#include "../../core/parallel.h"
 
 namespace genfast {
 namespace {
@@ -28,8 +27,7 @@ void backward(const QkNormRopeKernels& kernels, QkNormRopeTask& t, int64_t token
     partial.reset(new T[static_cast<size_t>(units * t.values)]);
     t.partial = partial.get();
   }
-  torch::stable::parallel_for(0, units, std::max<int64_t>(1, grain / t.chunk),
-                              [&](int64_t first, int64_t last) { kernels.backward(t, first, last); });
+  parallel_for(0, units, std::max<int64_t>(1, grain / t.chunk), [&](int64_t first, int64_t last) { kernels.backward(t, first, last); });
   for (int s = 0; s < 2; ++s) {
     const QkSide& side = p.side[s];
     if (!side.sums) continue;
@@ -55,7 +53,7 @@ void launch_qknorm_rope_cpu(const QkNormRopeParams& p) {
   if (p.side[0].grad) {
     p.dtype == DType::F64 ? backward<double>(kernels, t, tokens, grain) : backward<float>(kernels, t, tokens, grain);
   } else {
-    torch::stable::parallel_for(0, tokens, grain, [&](int64_t first, int64_t last) { kernels.forward(t, first, last); });
+    parallel_for(0, tokens, grain, [&](int64_t first, int64_t last) { kernels.forward(t, first, last); });
   }
 }
 

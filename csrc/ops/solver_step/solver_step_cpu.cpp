@@ -1,7 +1,5 @@
 // Reads the row, runs its reductions, and shares the row's units among threads. Everything here is compiled for the baseline, so
 // the standard library's templates are too.
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -11,6 +9,7 @@
 
 #include "../../core/cpu_isa.h"
 #include "../../core/huge_pages.h"
+#include "../../core/parallel.h"
 #include "solver_step_cpu.h"
 
 namespace genfast {
@@ -83,8 +82,8 @@ template <class T>
 void rescale_factors(const Step& s, const SolverStepKernels& kernels, double* factors) {
   const int64_t chunks = chunks_per_sample(s.per_sample);
   double* sums = factors + 2 * s.batch;
-  torch::stable::parallel_for(0, s.batch * chunks, std::max<int64_t>(1, kGrainElements * chunks / s.per_sample),
-                              [&](int64_t first, int64_t last) { kernels.sums(s, sums, first, last); });
+  parallel_for(0, s.batch * chunks, std::max<int64_t>(1, kGrainElements * chunks / s.per_sample),
+               [&](int64_t first, int64_t last) { kernels.sums(s, sums, first, last); });
   const double phi = static_cast<const T*>(s.p->coef)[s.row * kRowFloats + kRescale];
   const double n = static_cast<double>(s.per_sample);
   for (int64_t b = 0; b < s.batch; ++b) {
@@ -122,7 +121,7 @@ void thresholds(const Step& s, const SolverStepKernels& kernels, double* factors
   const int64_t needed = n - low;
 
   // Samples are shared among threads, and cut where there are fewer of them than threads.
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = num_threads();
   const int64_t parts = std::clamp<int64_t>((threads + s.batch - 1) / s.batch, 1, (n + kGrainElements - 1) / kGrainElements);
   const int64_t part = (n + parts - 1) / parts, room = part + 16;
   // Left as it comes: only pages that candidates are written to are ever touched.
@@ -171,7 +170,7 @@ void thresholds(const Step& s, const SolverStepKernels& kernels, double* factors
   };
 
   const auto share = [](int64_t count, const auto& work) {
-    torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) work(i);
     });
   };
@@ -199,7 +198,7 @@ void run(const SolverStepParams& p) {
   if (s.threshold) thresholds<T>(s, kernels, p.workspace);
   const int64_t units = s.batch * chunks_per_sample(s.per_sample);
   const int64_t grain = std::max<int64_t>(1, kGrainElements * units / (s.batch * s.per_sample));
-  torch::stable::parallel_for(0, units, grain, [&](int64_t first, int64_t last) { kernels.rows(s, first, last); });
+  parallel_for(0, units, grain, [&](int64_t first, int64_t last) { kernels.rows(s, first, last); });
 }
 
 }  // namespace

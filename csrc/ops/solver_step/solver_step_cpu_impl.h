@@ -80,18 +80,19 @@ struct Prediction {
   }
 };
 
-// What a row adds up and where it goes; pointers to element 0 of the sample, or of its stand-in for a tail.
-template <class T, class S, int kOutputs>
+// What a row adds up and where it goes; pointers to element 0 of the sample, or of its stand-in for a tail. Outputs that the row
+// does not have keep zero coefficients.
+template <class T, class S>
 struct Sums {
-  T start[kOutputs], x[kOutputs], d[kOutputs], m[kOutputs], noise[kOutputs];
-  T history[kMaxHistory][kOutputs];
+  T start[kMaxOutputs]{}, x[kMaxOutputs]{}, d[kMaxOutputs]{}, m[kMaxOutputs]{}, noise[kMaxOutputs]{};
+  T history[kMaxHistory][kMaxOutputs]{};
   const S* from[kMaxHistory];
-  S* to[kOutputs];
-  bool stream[kOutputs];
-  int terms;
+  S* to[kMaxOutputs]{};
+  bool stream[kMaxOutputs]{};
+  int terms, outputs;
 
-  Sums(const Step& s, int64_t sample) : terms(s.history) {
-    for (int k = 0; k < kOutputs; ++k) {
+  Sums(const Step& s, int64_t sample) : terms(s.history), outputs(s.outputs) {
+    for (int k = 0; k < outputs; ++k) {
       bool any = false;
       for (double c : s.coef[k]) any |= c != 0;
       start[k] = any ? T(-0.0) : T(0);
@@ -107,15 +108,16 @@ struct Sums {
   }
 };
 
-// One tile from element i; z is its noise.
-template <class T, class S, class M, int kOutputs, bool kNoise>
-GF_INLINE void tile(const Prediction<T>& prediction, const Sources<S, M>& from, const Sums<T, S, kOutputs>& sums, int64_t i,
-                    const Vec<T>* z) {
+// One tile from element i; z is its noise, read only where an output uses it. kOutputs is 1 or 2 for rows of exactly that many outputs,
+// and kMaxOutputs for any row: each version takes seconds to compile, so there are only those that a benchmark can tell apart.
+template <class T, class S, class M, int kOutputs>
+GF_INLINE void tile(const Prediction<T>& prediction, const Sources<S, M>& from, const Sums<T, S>& sums, int64_t i, const Vec<T>* z) {
   constexpr int kWidth = kCount<T>;
-  Vec<T> acc[kOutputs][kTileVectors];
+  Vec<T> acc[kOutputs][kTileVectors]{};
   unroll<kTileVectors>([&]<int v>() __attribute__((always_inline)) {
     const Denoised<T> in = prediction.at(from, i + v * kWidth);
     unroll<kOutputs>([&]<int k>() __attribute__((always_inline)) {
+      if (kOutputs == kMaxOutputs && k >= sums.outputs) return;
       Vec<T> sum = splat(sums.start[k]);
       if (sums.x[k] != 0) sum = sum + sums.x[k] * in.x;
       if (sums.d[k] != 0) sum = sum + sums.d[k] * in.d;
@@ -131,28 +133,26 @@ GF_INLINE void tile(const Prediction<T>& prediction, const Sources<S, M>& from, 
         unroll<kTileVectors>([&]<int v>() __attribute__((always_inline)) { acc[k][v] = acc[k][v] + sums.history[j][k] * h[v]; });
     });
   }
-  if constexpr (kNoise) {
-    unroll<kOutputs>([&]<int k>() __attribute__((always_inline)) {
-      if (sums.noise[k] != 0)
-        unroll<kTileVectors>([&]<int v>() __attribute__((always_inline)) { acc[k][v] = acc[k][v] + sums.noise[k] * z[v]; });
+  unroll<kOutputs>([&]<int k>() __attribute__((always_inline)) {
+    if (kOutputs == kMaxOutputs && k >= sums.outputs) return;
+    if (sums.noise[k] != 0)
+      unroll<kTileVectors>([&]<int v>() __attribute__((always_inline)) { acc[k][v] = acc[k][v] + sums.noise[k] * z[v]; });
+    unroll<kTileVectors>([&]<int v>() __attribute__((always_inline)) {
+      S* to = sums.to[k] + i + v * kWidth;
+      sums.stream[k] ? store_stream(to, acc[k][v]) : store(to, acc[k][v]);
     });
-  }
-  unroll<kOutputs * kTileVectors>([&]<int n>() __attribute__((always_inline)) {
-    constexpr int k = n / kTileVectors, v = n % kTileVectors;
-    S* to = sums.to[k] + i + v * kWidth;
-    sums.stream[k] ? store_stream(to, acc[k][v]) : store(to, acc[k][v]);
   });
 }
 
 // The last n < kTile elements: copied to where a whole tile may be read and written.
-template <class T, class S, class M, int kOutputs, bool kNoise>
-__attribute__((noinline)) void tail(const Prediction<T>& prediction, const Sources<S, M>& from, const Sums<T, S, kOutputs>& sums, int64_t i,
-                                    int64_t n, const Vec<T>* z) {
-  alignas(64) S x[kTile<T>]{}, history[kMaxHistory][kTile<T>]{}, out[kOutputs][kTile<T>];
+template <class T, class S, class M>
+[[gnu::noinline]] void tail(const Prediction<T>& prediction, const Sources<S, M>& from, const Sums<T, S>& sums, int64_t i, int64_t n,
+                            const Vec<T>* z) {
+  alignas(64) S x[kTile<T>]{}, history[kMaxHistory][kTile<T>]{}, out[kMaxOutputs][kTile<T>];
   alignas(64) M cond[kTile<T>]{}, uncond[kTile<T>]{};
   const size_t count = static_cast<size_t>(n);
   Sources<S, M> padded{x, cond, from.uncond ? uncond : nullptr};
-  Sums<T, S, kOutputs> local = sums;
+  Sums<T, S> local = sums;
   if (prediction.needs_x) __builtin_memcpy(x, from.x + i, count * sizeof(S));
   if (prediction.needs_m) {
     __builtin_memcpy(cond, from.cond + i, count * sizeof(M));
@@ -162,12 +162,12 @@ __attribute__((noinline)) void tail(const Prediction<T>& prediction, const Sourc
     __builtin_memcpy(history[j], sums.from[j] + i, count * sizeof(S));
     local.from[j] = history[j];
   }
-  for (int k = 0; k < kOutputs; ++k) {
+  for (int k = 0; k < sums.outputs; ++k) {
     local.to[k] = out[k];
     local.stream[k] = false;
   }
-  tile<T, S, M, kOutputs, kNoise>(prediction, padded, local, 0, z);
-  for (int k = 0; k < kOutputs; ++k) __builtin_memcpy(sums.to[k] + i, out[k], count * sizeof(S));
+  tile<T, S, M, kMaxOutputs>(prediction, padded, local, 0, z);
+  for (int k = 0; k < sums.outputs; ++k) __builtin_memcpy(sums.to[k] + i, out[k], count * sizeof(S));
 }
 
 // ---- what follows a row: the next model input and the watch, both from output 0 as it was rounded --------------------------
@@ -234,8 +234,8 @@ template <class T, class S, class M, int kOutputs, bool kNoise>
 void row_range(const Step& s, int64_t sample, int64_t begin, int64_t end) {
   const Prediction<T> prediction(s, sample);
   const Sources<S, M> from = sources_of<S, M>(s, sample);
-  const Sums<T, S, kOutputs> sums(s, sample);
-  const bool follows = kOutputs > 0 && (s.p->watch || (s.p->model_input && s.next_c_in != 0));
+  const Sums<T, S> sums(s, sample);
+  const bool follows = sums.outputs > 0 && (s.p->watch || (s.p->model_input && s.next_c_in != 0));
   const NoiseKey key{kNoise ? static_cast<uint64_t>(s.p->seeds[sample]) : 0, 0, static_cast<uint32_t>(s.draw)};
   // In C-order the normals go from the words through registers into the sum; otherwise they are laid out first.
   const bool direct = __is_same(T, float) && s.p->channels == 1;
@@ -267,15 +267,15 @@ void row_range(const Step& s, int64_t sample, int64_t begin, int64_t end) {
         for (int v = 0; v < 4; v += kTileVectors) {
           const int64_t e = i + v * kCount<T>;
           if (e + kTile<T> <= stop) {
-            tile<T, S, M, kOutputs, kNoise>(prediction, from, sums, e, z + v);
+            tile<T, S, M, kOutputs>(prediction, from, sums, e, z + v);
           } else if (e < stop) {
-            tail<T, S, M, kOutputs, kNoise>(prediction, from, sums, e, stop - e, z + v);
+            tail<T, S, M>(prediction, from, sums, e, stop - e, z + v);
           }
         }
       }
     } else {
-      for (; i + kTile<T> <= stop; i += kTile<T>) tile<T, S, M, kOutputs, kNoise>(prediction, from, sums, i, nullptr);
-      if (i < stop) tail<T, S, M, kOutputs, kNoise>(prediction, from, sums, i, stop - i, nullptr);
+      for (; i + kTile<T> <= stop; i += kTile<T>) tile<T, S, M, kOutputs>(prediction, from, sums, i, nullptr);
+      if (i < stop) tail<T, S, M>(prediction, from, sums, i, stop - i, nullptr);
     }
     if (follows) after_row<T>(s, sums.to[0], sample, piece, stop - piece);
   }
@@ -309,9 +309,9 @@ GF_INLINE auto visit_dtypes(const SolverStepParams& p, const F& f) {
 void rows(const Step& s, int64_t first_unit, int64_t last_unit) {
   using Range = void (*)(const Step&, int64_t, int64_t, int64_t);
   const Range range = visit_dtypes(*s.p, [&]<class T, class S, class M>() -> Range {
-    constexpr Range table[2][kMaxOutputs] = {{row_range<T, S, M, 1, false>, row_range<T, S, M, 2, false>, row_range<T, S, M, 3, false>},
-                                             {row_range<T, S, M, 1, true>, row_range<T, S, M, 2, true>, row_range<T, S, M, 3, true>}};
-    return table[s.noise][s.outputs - 1];
+    if (s.noise) return row_range<T, S, M, kMaxOutputs, true>;
+    constexpr Range table[] = {row_range<T, S, M, 1, false>, row_range<T, S, M, 2, false>, row_range<T, S, M, kMaxOutputs, false>};
+    return table[s.outputs - 1];
   });
   const int64_t chunks = chunks_per_sample(s.per_sample);
   while (first_unit < last_unit) {

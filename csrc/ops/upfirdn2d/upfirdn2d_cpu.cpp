@@ -1,6 +1,4 @@
 // Lays out rows and phases, shares strips of rows among threads.
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <memory>
 #include <numeric>
@@ -8,6 +6,7 @@
 
 #include "../../core/cpu_isa.h"
 #include "../../core/huge_pages.h"
+#include "../../core/parallel.h"
 #include "upfirdn2d_cpu.h"
 
 namespace genfast {
@@ -62,7 +61,7 @@ void run(const Upfirdn2dParams& p, int64_t element_size) {
   const int64_t planes = p.channels_last ? p.batch : p.batch * p.channels;
   const int64_t outputs = p.batch * p.channels * y.out * x.out, units = planes * t.strips;
   want_huge_pages(p.out, outputs * element_size);
-  torch::stable::parallel_for(0, units, std::max<int64_t>(1, kGrainElements * units / outputs), [&](int64_t begin, int64_t end) {
+  parallel_for(0, units, std::max<int64_t>(1, kGrainElements * units / outputs), [&](int64_t begin, int64_t end) {
     const std::unique_ptr<T[]> scratch(new T[static_cast<size_t>(t.scratch)]());
     kernels.strips(t, begin, end, scratch.get());
   });
