@@ -55,6 +55,16 @@ GF_INLINE VFloat exp2_lanes(VFloat x) {
 #endif
 }
 
+// exponent (x - row_max): as good as the difference first, in one step where it can be fused. kWide: x and row_max have no room for the
+// factor (a bias was added).
+template <bool kWide>
+GF_INLINE VFloat power_lanes(VFloat x, float row_max, float exponent) {
+#if defined(__FMA__)
+  if constexpr (!kWide) return fma_lanes(x, splat(exponent), splat(-row_max * exponent));
+#endif
+  return (x - row_max) * exponent;
+}
+
 // Folds halves together: log2(kLanes) steps.
 template <class F>
 GF_INLINE float reduce(VFloat v, F f) {

@@ -91,7 +91,6 @@ void products(const BFloat16* a, int64_t a_row, int64_t a_step, const BFloat16* 
 struct AmxEngine {
   using Operand = BFloat16;
   static constexpr int kQueries = kAmxQueries;
-  static constexpr bool kScaled = false;   // scaled queries would be rounded once more
   static constexpr bool kShortExp = true;  // the weights are rounded to bfloat16
   static constexpr int kRows = 16;
   static constexpr int kKeyGroup = 16;
@@ -104,7 +103,7 @@ struct AmxEngine {
     if (written % 32) store_raw(p + written, VHalves{});
   }
 
-  static void load_queries(BFloat16* to, const BFloat16* q, int64_t stride, int64_t rows, int64_t rows_padded, int64_t d, float) {
+  static void load_queries(BFloat16* to, const BFloat16* q, int64_t stride, int64_t rows, int64_t rows_padded, int64_t d) {
     const int64_t padded = depth(d);
     __builtin_memset(to, 0, static_cast<size_t>(rows_padded * padded) * sizeof(BFloat16));
     for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(to + r * padded, q + r * stride, static_cast<size_t>(d) * sizeof(BFloat16));

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../../core/dtype.h"
+#include "../../core/row_stats.h"
 
 namespace genfast {
 
@@ -19,6 +20,7 @@ struct AttentionParams {
   const uint8_t* mask;  // (batch, heads, n, m), 0: the query does not see the key; or nullptr
   void* o;              // (batch, heads, n, d)
   float* lse;           // (batch, heads, n), dense: natural logarithm of the sum of the exponentials of the scores
+  RowStats* row_stats;  // (batch, heads, n), dense: what derivatives need of each row; or nullptr
   AttentionRows q_at, k_at, v_at, bias_at, mask_at, o_at;
   int64_t batch, heads, kv_heads, n, m, d;
   float scale;
@@ -30,10 +32,12 @@ struct AttentionParams {
   const void *q_starts, *k_starts;
   int64_t packed, packed_keys;  // rows of q and of k
   bool wide_starts;
+
+  constexpr ScoreUnit score_unit() const { return genfast::score_unit(bias, scale); }
 };
 
 struct AttentionBackwardParams {
-  AttentionParams forward;  // with the o and the lse that it gave, which are read
+  AttentionParams forward;  // with the o and the row_stats that it gave, which are read
   const void* grad_o;       // (batch, heads, n, d)
   const float* grad_lse;    // (batch, heads, n), dense, or nullptr
   void* dq;                 // (batch, heads, n, d)
@@ -47,7 +51,7 @@ struct AttentionBackwardParams {
 
 // Of attention_tangent_: the tangents of q, k, v come in, those of o and lse go out, in the shapes of what they belong to.
 struct AttentionTangentParams {
-  AttentionParams forward;  // with the o and the lse that it gave, which are read
+  AttentionParams forward;  // with the o and the row_stats that it gave, which are read
   const void *tq, *tk, *tv;
   void* to;
   float* tlse;
