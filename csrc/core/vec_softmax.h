@@ -55,14 +55,14 @@ GF_INLINE VFloat exp2_lanes(VFloat x) {
 #endif
 }
 
-// exponent (x - row_max): as good as the difference first, in one step where it can be fused. kWide: x and row_max have no room for the
-// factor (a bias was added).
+// exponent (factor x - row_max), in one step where it can be fused: that is as good as the difference first. kWide: x and row_max have no
+// room for the exponent, because a bias was added.
 template <bool kWide>
-GF_INLINE VFloat power_lanes(VFloat x, float row_max, float exponent) {
+GF_INLINE VFloat power_lanes(VFloat x, float row_max, float exponent, float factor = 1.0f) {
 #if defined(__FMA__)
-  if constexpr (!kWide) return fma_lanes(x, splat(exponent), splat(-row_max * exponent));
+  if constexpr (!kWide) return fma_lanes(x, splat(factor * exponent), splat(-row_max * exponent));
 #endif
-  return (x - row_max) * exponent;
+  return (x * factor - row_max) * exponent;
 }
 
 // Folds halves together: log2(kLanes) steps.
