@@ -55,14 +55,29 @@ GF_INLINE VFloat exp2_lanes(VFloat x) {
 #endif
 }
 
-// exponent (factor x - row_max), in one step where it can be fused: that is as good as the difference first. kWide: x and row_max have no
-// room for the exponent, because a bias was added.
+// exponent (x - row_max): the difference first where kWide says that x and row_max have no room for the exponent, because a bias was added;
+// else, where it can be fused, in one step. Then exponent row_max is rounded, which makes all powers of a row too large by power_excess.
 template <bool kWide>
-GF_INLINE VFloat power_lanes(VFloat x, float row_max, float exponent, float factor = 1.0f) {
+GF_INLINE VFloat power_lanes(VFloat x, float row_max, float exponent) {
 #if defined(__FMA__)
-  if constexpr (!kWide) return fma_lanes(x, splat(factor * exponent), splat(-row_max * exponent));
+  if constexpr (!kWide) return fma_lanes(x, splat(exponent), splat(-row_max * exponent));
 #endif
-  return (x * factor - row_max) * exponent;
+  return (x - row_max) * exponent;
+}
+template <bool kWide>
+GF_INLINE float power_excess(float row_max, float exponent) {
+#if defined(__FMA__)
+  if constexpr (!kWide) return __builtin_fmaf(row_max, exponent, -(row_max * exponent));
+#endif
+  return 0.0f;
+}
+// From sums of such powers for row_max `from` to those for `to`.
+template <bool kWide>
+GF_INLINE float power_between(float from, float to, float exponent) {
+#if defined(__FMA__)
+  if constexpr (!kWide) return from * exponent - to * exponent;
+#endif
+  return (from - to) * exponent;
 }
 
 // Folds halves together: log2(kLanes) steps.

@@ -26,7 +26,7 @@ MASKS = ["-1e9", "-3e38", "lowest", "lowest of the dtype", "-3e38 and lowest", "
 # -65504 leaves a rest of the products: test_scores_that_are_rounded.
 CASES = [(dtype, kind) for dtype in TYPES for kind in MASKS if (dtype, kind) != (torch.float16, "lowest of the dtype")]
 # What 16-bit outputs and gradients may be off by, of the largest: the rounding of weights and slopes, and their own.
-CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3, DOUBLE: 1e-12}
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3, DOUBLE: 1e-12}
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = DOUBLE) -> Tensor:
@@ -59,8 +59,7 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool = 
     s = (q.shape[3] ** -0.5 if scale is None else scale) * q @ keys.mT
     if bias is not None:
         s = s + bias
-    if not causal or q.shape[2] <= k.shape[2]:
-        s = s + (s.float().double() - s).detach()
+    s = s + (s.float().double() - s).detach()
     if causal:
         s = s.masked_fill(~visible(q.shape[2], k.shape[2]), -torch.inf)
     row_max = s.detach().amax(-1, keepdim=True)
@@ -164,12 +163,14 @@ def test_large_products_that_are_exact(dtype: torch.dtype, n: int, isa: str) -> 
 
     dq's columns of 256 are sums of slopes, which cancel to nothing but 256 roundings.
     """
-    q, k, v = inputs(dtype, n)
+    q, k, v = inputs(dtype, n, 300)
     q, k = q.round(), k.round()
     q[..., :2] = k[..., :2] = 256
     check([q, k, v], scale=1.0, cancelled=2)
-    if n <= 50:
-        check([q, k, v], causal=True, scale=1.0, cancelled=2)
+    check([q, k, v], causal=True, scale=1.0, cancelled=2)
+    few = inputs(dtype, n)
+    few[0], few[1] = q, k[:, :, :50]
+    check(few, scale=1.0, cancelled=2)
 
 
 @pytest.mark.parametrize("kind", MASKS)

@@ -99,11 +99,11 @@ void weigh(const AttentionParams& p, const BackwardBlock<Engine>& at, const Step
       unroll<2>([&]<int u>() {
         VFloat x = load<float>(scores + u * Engine::kKeys + j);
         if constexpr (kBias) {
-          x = fma_lanes(x, splat(unit.factor), there ? load_first(bias[u] + j, step.keys - j) : VFloat{});
-          x = fma_lanes(x - row_max[r + u], splat(unit.exponent), splat(-log_sum[r + u]));
+          x = fma_lanes(x, splat(unit.factor), there ? load_first(bias[u] + j, step.keys - j) : VFloat{}) - row_max[r + u];
         } else {
-          x = power_lanes<false>(x, row_max[r + u], unit.exponent, unit.factor) - log_sum[r + u];
+          x = fma_lanes(x, splat(unit.factor), splat(-row_max[r + u]));
         }
+        x = fma_lanes(x, splat(unit.exponent), splat(-log_sum[r + u]));
         if (kMask && there) x = where_seen(mask[u] + j, step.keys - j, x);
         weight[u] = exp2_lanes<Engine::kShortExp>(x);
         if (j + kLanes > visible[u]) weight[u] = (lanes < static_cast<int>(visible[u] - j)) ? weight[u] : VFloat{};

@@ -99,7 +99,8 @@ void run_block(const AttentionParams& p, const Block<Engine>& at, int64_t batch,
       }
       Engine::clear_weights(at.weights + r * kKeyBlock, keys);
       if (now != row_max[r]) {
-        const float rescale = row_max[r] == kMinusInfinity ? 0.0f : exp2_lanes(splat((row_max[r] - shift) * unit.exponent))[0];
+        const float rescale =
+            row_max[r] == kMinusInfinity ? 0.0f : exp2_lanes(splat(power_between<kBias>(row_max[r], shift, unit.exponent)))[0];
         row_sum[r] = row_sum[r] * rescale;
         float* out = at.out + r * width;
         for (int64_t c = 0; c < width; c += kLanes) store(out + c, load<float>(out + c) * rescale);
@@ -114,8 +115,9 @@ void run_block(const AttentionParams& p, const Block<Engine>& at, int64_t batch,
   for (int64_t r = 0; r < rows; ++r) {
     const float all = total(row_sum[r]), inverse = all == 0 ? 0.0f : 1.0f / all;
     for (int64_t c = 0; c < p.d; c += kLanes) store_first(o + r * p.o_at.row + c, load<float>(at.out + r * width + c) * inverse, p.d - c);
-    p.lse[row_0 + r] = all == 0 ? kMinusInfinity : row_max[r] * unit.logarithm + __builtin_logf(all);
-    if (p.row_stats) p.row_stats[row_0 + r] = {row_max[r], all};
+    const float excess = all == 0 ? 0.0f : power_excess<kBias>(row_max[r], unit.exponent);
+    p.lse[row_0 + r] = all == 0 ? kMinusInfinity : row_max[r] * unit.logarithm + (__builtin_logf(all) - excess * kLn2);
+    if (p.row_stats) p.row_stats[row_0 + r] = {row_max[r], all * exp2_lanes(splat(-excess))[0]};
   }
 }
 
