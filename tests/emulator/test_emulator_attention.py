@@ -36,6 +36,18 @@ def rows_of(t: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     return t.expand(*t.shape[:3], k.shape[2]).contiguous().expand(*q.shape[:3], k.shape[2])
 
 
+def row_stats_of(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """row_max and row_sum of each query from float64, as csrc/core/row_stats.h defines them: (B, H, N, 2)."""
+    products, (n, m) = q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT, (q.shape[2], k.shape[2])
+    early = bias is not None or not scale > 0
+    s = products * scale + (0 if bias is None else bias.double()) if early else products
+    hidden = ~torch.ones(n, m, dtype=torch.bool).tril(m - n) if causal else torch.zeros((), dtype=torch.bool)
+    s = s.masked_fill(hidden if mask is None else hidden | ~mask, -torch.inf)
+    row_max = s.amax(-1, keepdim=True).float()
+    row_sum = ((s - row_max.double().nan_to_num(neginf=0)) * (1 if early else scale)).exp().sum(-1, keepdim=True)
+    return torch.cat((row_max, row_sum.float()), -1)
+
+
 def run(
     emulated: Any,
     q: Tensor,
@@ -49,9 +61,11 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """The kernel's output and lse, checked against the reference; what it does not write stays NaN."""
     o = torch.full_like(q, torch.nan) if o is None else o
-    lse = torch.full(q.shape[:3], torch.nan)
+    lse, row_stats = (torch.full(shape, torch.nan) for shape in (q.shape[:3], (*q.shape[:3], 2)))
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    emulated.attention_(o, lse, q, k, v, rows_of(bias, q, k), rows_of(mask, q, k), causal, scale)
+    emulated.attention_(o, lse, row_stats, q, k, v, rows_of(bias, q, k), rows_of(mask, q, k), causal, scale)
+    unit = 1 if bias is not None or scale <= 0 else scale
+    torch.testing.assert_close(row_stats[..., 0] * unit + row_stats[..., 1].log(), lse, rtol=1e-6, atol=1e-6, equal_nan=True)
     wide = [None if t is None else t.double() for t in (q, k, v, bias)]
     working = reference.attention(q, k, v, bias, mask, causal, scale, return_lse=True)
     exact = reference.attention(*wide, mask, causal, scale, return_lse=True)

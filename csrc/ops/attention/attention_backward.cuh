@@ -133,12 +133,12 @@ __global__ void __launch_bounds__(backward_tile(kPass, kWidth, kFew).threads(), 
     float score[kRowTiles][kColumnTiles][4] = {};
     multiply<S, kWidth>(score, lane_rows<kWidth>(my1, lane), lane_columns<kWidth>(my_walked1, lane), d);
 
-    // Weights and slopes. Scores, in powers of two, that need nothing but a factor get it on their way into the exponential.
-    const float factor = f.scale * kLog2e;
+    // Weights and slopes.
+    const ScoreUnit unit = f.score_unit();
     const int columns = opaque(static_cast<int>(threadIdx.x)) % 4 * 2;
     if constexpr (kOwnsKeys) {
       const bool finish = f.bias || f.mask || (f.causal && at.first + kRows - 1 > row + f.m - f.n);
-      const float late = finish ? 1.0f : factor;
+      const float factor = finish ? 1.0f : unit.factor;
 #pragma unroll
       for (int r = 0; r < 2 * kRowTiles; ++r) {
         KeyTerms terms{};
@@ -149,15 +149,15 @@ __global__ void __launch_bounds__(backward_tile(kPass, kWidth, kFew).threads(), 
           for (int e = 0; e < 2; ++e) {
             const QueryNumbers query = numbers[walked_part + 8 * j + columns + e];
             float& x = score[r / 2][j][r % 2 * 2 + e];
-            if (finish) x = finish_key_score<S>(f, terms, 8 * j + columns + e, x * factor);
-            x = exp2_fast(fmaf(x, late, -query.shift));
+            if (finish) x = finish_key_score<S>(f, terms, 8 * j + columns + e, x);
+            x = weight_of(x, factor, query.row_max, query.log_sum, unit.exponent);
             if constexpr (kSlopes) slope[r / 2][j][r % 2 * 2 + e] = x * (slope[r / 2][j][r % 2 * 2 + e] - query.delta);
           }
         }
       }
     } else {
       const bool finish = f.bias || f.mask || row + kTile.walked > f.m || (f.causal && row + kTile.walked > at.first + f.m - f.n + 1);
-      const float late = finish ? 1.0f : factor;
+      const float factor = finish ? 1.0f : unit.factor;
       const QueryBlock queries{at.batch, at.head, at.walked_head, at.rows, at.first, f.n, f.m, 0, 0};
 #pragma unroll
       for (int r = 0; r < 2 * kRowTiles; ++r) {
@@ -167,14 +167,10 @@ __global__ void __launch_bounds__(backward_tile(kPass, kWidth, kFew).threads(), 
 #pragma unroll
         for (int j = 0; j < kColumnTiles; ++j) {
           float &x = score[r / 2][j][r % 2 * 2], &y = score[r / 2][j][r % 2 * 2 + 1];
-          if (finish) {
-            x *= factor;
-            y *= factor;
-            finish_scores<S>(f, wide, terms, 8 * j + columns, x, y);
-          }
+          if (finish) finish_scores<S>(f, wide, terms, 8 * j + columns, x, y);
           float &dx = slope[r / 2][j][r % 2 * 2], &dy = slope[r / 2][j][r % 2 * 2 + 1];
-          dx = exp2_fast(fmaf(x, late, -query.shift)) * (dx - query.delta);
-          dy = exp2_fast(fmaf(y, late, -query.shift)) * (dy - query.delta);
+          dx = weight_of(x, factor, query.row_max, query.log_sum, unit.exponent) * (dx - query.delta);
+          dy = weight_of(y, factor, query.row_max, query.log_sum, unit.exponent) * (dy - query.delta);
         }
       }
     }
@@ -237,7 +233,7 @@ __global__ void __launch_bounds__(kBiasThreads, 2)
   S* const values = keys + kKeys * kPitch;
   const AttentionParams& f = p.forward;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, d = static_cast<int>(f.d);
-  const float factor = f.scale * kLog2e;
+  const float exponent = f.score_unit().exponent;
   const BiasBlock block = bias_block(p, kBiasQueries, kKeys);
   const auto next = [&](int step) { return next_bias_step(f, block, step, kBiasQueries, kKeys); };
   const auto load = [&](S* rows, const void* of_queries, const AttentionRows& queries_at, S* columns, const void* of_keys,
@@ -273,10 +269,12 @@ __global__ void __launch_bounds__(kBiasThreads, 2)
       const QueryNumbers query = query_numbers(p, tile.at.batch, tile.at.head, tile.at.first + my_row + 8 * half);
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j) {
-        float x = score[0][j][2 * half] * factor, y = score[0][j][2 * half + 1] * factor;
+        float x = score[0][j][2 * half], y = score[0][j][2 * half + 1];
         finish_scores<S>(f, wide, terms, 8 * j + columns, x, y);
-        sum[j][2 * half] = fmaf(exp2_fast(x - query.shift), slope[0][j][2 * half] - query.delta, sum[j][2 * half]);
-        sum[j][2 * half + 1] = fmaf(exp2_fast(y - query.shift), slope[0][j][2 * half + 1] - query.delta, sum[j][2 * half + 1]);
+        x = weight_of(x, 1.0f, query.row_max, query.log_sum, exponent);
+        y = weight_of(y, 1.0f, query.row_max, query.log_sum, exponent);
+        sum[j][2 * half] = fmaf(x, slope[0][j][2 * half] - query.delta, sum[j][2 * half]);
+        sum[j][2 * half + 1] = fmaf(y, slope[0][j][2 * half + 1] - query.delta, sum[j][2 * half + 1]);
       }
     }
   }
