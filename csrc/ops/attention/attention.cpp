@@ -78,6 +78,7 @@ AttentionParams params_of(const Tensor& o, const Tensor& q, const Tensor& k, con
   }
   p.causal = causal;
   p.scale = static_cast<float>(scale);
+  p.unit = score_unit(p.bias, p.scale);
   return p;
 }
 
@@ -201,6 +202,7 @@ void attention_varlen_(const Tensor& o, const Tensor& lse, const Tensor& q, cons
   p.k_starts = cu_seqlens_k.data_ptr();
   p.causal = causal;
   p.scale = static_cast<float>(scale);
+  p.unit = score_unit(p.bias, p.scale);
   const DeviceGuard guard(q);
   GENFAST_LAUNCH(attention, p, q);
 }

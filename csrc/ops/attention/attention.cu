@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads) forward_fma_kernel(const __grid_cons
   const QueryBlock at = p.q_starts ? query_block<true>(p, kRows) : query_block(p, kRows);
   if (at.rows <= 0) return;
   const int64_t end = visible_keys(p, at);
-  const ScoreUnit unit = p.score_unit();
+  const ScoreUnit& unit = p.unit;
 
   const auto load = [&](float* to, const void* data, const AttentionRows& strides, int64_t head, int64_t first, int64_t rows) {
     visit_dtype(p.dtype, [&]<class S>(S) {

@@ -134,30 +134,37 @@ __global__ void __launch_bounds__(backward_tile(kPass, kWidth, kFew).threads(), 
     multiply<S, kWidth>(score, lane_rows<kWidth>(my1, lane), lane_columns<kWidth>(my_walked1, lane), d);
 
     // Weights and slopes.
-    const ScoreUnit unit = f.score_unit();
     const int columns = opaque(static_cast<int>(threadIdx.x)) % 4 * 2;
     if constexpr (kOwnsKeys) {
-      const bool finish = f.bias || f.mask || (f.causal && at.first + kRows - 1 > row + f.m - f.n);
-      const float factor = finish ? 1.0f : unit.factor;
+      const bool finish = f.bias || f.mask || f.unit.factor != 1.0f || (f.causal && at.first + kRows - 1 > row + f.m - f.n);
+      if (finish) {
 #pragma unroll
-      for (int r = 0; r < 2 * kRowTiles; ++r) {
-        KeyTerms terms{};
-        if (finish) terms = key_terms(f, at.batch, walked_head(step), row, at.first + my_row() + 8 * r);
+        for (int r = 0; r < 2 * kRowTiles; ++r) {
+          const int first = opaque(columns);  // so that no row's offsets are kept for the next
+          const KeyTerms terms = key_terms(f, at.batch, walked_head(step), row, at.first + my_row() + 8 * r);
 #pragma unroll
-        for (int j = 0; j < kColumnTiles; ++j) {
+          for (int i = 0; i < 2 * kColumnTiles; ++i) {
+            float& x = score[r / 2][i / 2][r % 2 * 2 + i % 2];
+            x = finish_key_score<S>(f, terms, i / 2 * 8 + first + i % 2, x);
+          }
+        }
+      }
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const QueryNumbers query = numbers[walked_part + 8 * j + columns + e];
-            float& x = score[r / 2][j][r % 2 * 2 + e];
-            if (finish) x = finish_key_score<S>(f, terms, 8 * j + columns + e, x);
-            x = weight_of(x, factor, query.row_max, query.log_sum, unit.exponent);
-            if constexpr (kSlopes) slope[r / 2][j][r % 2 * 2 + e] = x * (slope[r / 2][j][r % 2 * 2 + e] - query.delta);
+      for (int i = 0; i < 2 * kColumnTiles; ++i) {  // query by query, so that no more than one's numbers take registers
+        const QueryNumbers query = numbers[walked_part + columns + i / 2 * 8 + i % 2];
+#pragma unroll
+        for (int r = 0; r < 2 * kRowTiles; ++r) {
+          float& x = score[r / 2][i / 2][r % 2 * 2 + i % 2];
+          x = weight_of(x, query.row_max, query.log_sum, f.unit.exponent);
+          if constexpr (kSlopes) {
+            float& slope_of_x = slope[r / 2][i / 2][r % 2 * 2 + i % 2];
+            slope_of_x = x * (slope_of_x - query.delta);
           }
         }
       }
     } else {
-      const bool finish = f.bias || f.mask || row + kTile.walked > f.m || (f.causal && row + kTile.walked > at.first + f.m - f.n + 1);
-      const float factor = finish ? 1.0f : unit.factor;
+      const bool finish = f.bias || f.mask || f.unit.factor != 1.0f || row + kTile.walked > f.m ||
+                          (f.causal && row + kTile.walked > at.first + f.m - f.n + 1);
       const QueryBlock queries{at.batch, at.head, at.walked_head, at.rows, at.first, f.n, f.m, 0, 0};
 #pragma unroll
       for (int r = 0; r < 2 * kRowTiles; ++r) {
@@ -169,8 +176,8 @@ __global__ void __launch_bounds__(backward_tile(kPass, kWidth, kFew).threads(), 
           float &x = score[r / 2][j][r % 2 * 2], &y = score[r / 2][j][r % 2 * 2 + 1];
           if (finish) finish_scores<S>(f, wide, terms, 8 * j + columns, x, y);
           float &dx = slope[r / 2][j][r % 2 * 2], &dy = slope[r / 2][j][r % 2 * 2 + 1];
-          dx = weight_of(x, factor, query.row_max, query.log_sum, unit.exponent) * (dx - query.delta);
-          dy = weight_of(y, factor, query.row_max, query.log_sum, unit.exponent) * (dy - query.delta);
+          dx = weight_of(x, query.row_max, query.log_sum, f.unit.exponent) * (dx - query.delta);
+          dy = weight_of(y, query.row_max, query.log_sum, f.unit.exponent) * (dy - query.delta);
         }
       }
     }
@@ -233,7 +240,6 @@ __global__ void __launch_bounds__(kBiasThreads, 2)
   S* const values = keys + kKeys * kPitch;
   const AttentionParams& f = p.forward;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, d = static_cast<int>(f.d);
-  const float exponent = f.score_unit().exponent;
   const BiasBlock block = bias_block(p, kBiasQueries, kKeys);
   const auto next = [&](int step) { return next_bias_step(f, block, step, kBiasQueries, kKeys); };
   const auto load = [&](S* rows, const void* of_queries, const AttentionRows& queries_at, S* columns, const void* of_keys,
@@ -271,8 +277,8 @@ __global__ void __launch_bounds__(kBiasThreads, 2)
       for (int j = 0; j < kColumnTiles; ++j) {
         float x = score[0][j][2 * half], y = score[0][j][2 * half + 1];
         finish_scores<S>(f, wide, terms, 8 * j + columns, x, y);
-        x = weight_of(x, 1.0f, query.row_max, query.log_sum, exponent);
-        y = weight_of(y, 1.0f, query.row_max, query.log_sum, exponent);
+        x = weight_of(x, query.row_max, query.log_sum, f.unit.exponent);
+        y = weight_of(y, query.row_max, query.log_sum, f.unit.exponent);
         sum[j][2 * half] = fmaf(x, slope[0][j][2 * half] - query.delta, sum[j][2 * half]);
         sum[j][2 * half + 1] = fmaf(y, slope[0][j][2 * half + 1] - query.delta, sum[j][2 * half + 1]);
       }

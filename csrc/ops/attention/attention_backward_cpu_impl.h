@@ -68,7 +68,7 @@ void weigh(const AttentionParams& p, const BackwardBlock<Engine>& at, const Step
   const typename Engine::Weights& w = at.weights;
   const float *row_max = at.row_max + block, *log_sum = at.log_sum + block, *delta = at.delta + block;
   const VInt lanes = lane_numbers();
-  const ScoreUnit unit = p.score_unit();
+  const ScoreUnit& unit = p.unit;
   for (int64_t r = row; r < row + count; r += 2) {
     const B* bias[2] = {};
     const uint8_t* mask[2] = {};

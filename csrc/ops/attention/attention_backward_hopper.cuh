@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     registers_up_to<kGradientRegisters>();
     const int group = role - 1, thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, t = lane % 4;
     const int row = 64 * group + thread / 32 * 16 + lane / 4;  // and row + 8
-    const float exponent = f.score_unit().exponent;            // products are scores: no bias and a positive scale, hopper_backward_can()
+    const float exponent = f.unit.exponent;                    // products are scores: no bias and a positive scale, hopper_backward_can()
     const uint64_t from_own1 = matrix_descriptor<kRow>(shared_address(own1) + group * 64 * kRow, 8 * kRow, 0);
     const uint64_t from_own2 = matrix_descriptor<kRow>(shared_address(own2) + group * 64 * kRow, 8 * kRow, 0);
     const uint64_t along_walked = matrix_descriptor<kRow>(shared_address(ring), 8 * kRow, 0);
@@ -212,8 +212,8 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float& x = score[4 * j + i];
-          x = kOwnsKeys ? weight_of(x, 1.0f, element(row_max, i % 2), element(log_sum, i % 2), exponent)
-                        : weight_of(x, 1.0f, mine[i / 2].row_max, mine[i / 2].log_sum, exponent);
+          x = kOwnsKeys ? weight_of(x, element(row_max, i % 2), element(log_sum, i % 2), exponent)
+                        : weight_of(x, mine[i / 2].row_max, mine[i / 2].log_sum, exponent);
         }
       }
       if constexpr (kValues) {

@@ -75,7 +75,7 @@ unsigned gradient_grid(const AttentionParams& p, int rows) {
 
 // What its weights and slopes need to know of a query: its largest score, the logarithm of row_sum to base 2, infinite where all its
 // weights are 0 (there is no such query, or it sees nothing), and delta.
-struct alignas(16) QueryNumbers {
+struct QueryNumbers {
   float row_max, log_sum, delta;
 };
 __device__ __forceinline__ QueryNumbers query_numbers(const AttentionBackwardParams& p, int batch, int head, int64_t query) {
@@ -85,9 +85,8 @@ __device__ __forceinline__ QueryNumbers query_numbers(const AttentionBackwardPar
   if (stats.row_sum == 0.0f) return {0.0f, -kMinusInfinity, 0.0f};
   return {stats.row_max, log2f(stats.row_sum), p.delta[at]};
 }
-// The weight of a key: `factor` is 1 where x is a score, the unit's where it is still a product.
-__device__ __forceinline__ float weight_of(float x, float factor, float row_max, float log_sum, float exponent) {
-  return exp2_fast(fmaf(fmaf(x, factor, -row_max), exponent, -log_sum));
+__device__ __forceinline__ float weight_of(float score, float row_max, float log_sum, float exponent) {
+  return exp2_fast(fmaf(score - row_max, exponent, -log_sum));
 }
 
 // One key's bias and mask from query `first_query` of a head on; queries begin ... end - 1 from there see it.
@@ -111,7 +110,7 @@ template <class S>
 __device__ __forceinline__ float finish_key_score(const AttentionParams& p, const KeyTerms& terms, int query, float x) {
   if (query < terms.begin || query >= terms.end) return kMinusInfinity;
   if (p.mask && !terms.mask[query * p.mask_at.row]) return kMinusInfinity;
-  const float factor = p.score_unit().factor;
+  const float factor = p.unit.factor;
   if (!p.bias) return x * factor;
   const int64_t at = query * p.bias_at.row;
   return fmaf(x, factor,

@@ -59,7 +59,7 @@ void run_block(const AttentionParams& p, const Block<Engine>& at, int64_t batch,
   const int64_t rows = p.n - first_query < Engine::kQueries ? p.n - first_query : Engine::kQueries;
   const int64_t depth = Engine::depth(p.d), width = Engine::width(p.d), offset = p.m - p.n;
   const T* q = static_cast<const T*>(p.q) + batch * p.q_at.batch + head * p.q_at.head + first_query * p.q_at.row;
-  const ScoreUnit unit = p.score_unit();
+  const ScoreUnit& unit = p.unit;
   const int64_t rows_padded = round_up(rows, Engine::kRows);
   Engine::load_queries(at.queries, q, p.q_at.row, rows, rows_padded, p.d);
   __builtin_memset(at.out, 0, static_cast<size_t>(rows_padded * width) * sizeof(float));

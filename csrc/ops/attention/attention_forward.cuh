@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(forward_tile(kKind, kWidth).threads(), forward
     const int thread = opaque(static_cast<int>(threadIdx.x));
     return thread / 32 * kRowTiles * 16 + thread % 32 / 4;
   };
-  const ScoreUnit unit = p.score_unit();
+  const ScoreUnit& unit = p.unit;
 
   float out[kRowTiles][kColumnTiles][4] = {};
   float row_max[kRowTiles][2], row_sum[kRowTiles][2];

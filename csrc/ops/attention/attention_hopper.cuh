@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
     registers_up_to<hopper_registers(kTile)>();
     const int group = role - 1, thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, t = lane % 4;
     const int row = 64 * group + thread / 32 * 16 + lane / 4;  // and row + 8
-    const float exponent = p.score_unit().exponent;            // without a bias products are scores: the scale is positive, hopper_can()
+    const float exponent = p.unit.exponent;                    // without a bias products are scores: the scale is positive, hopper_can()
     const bool bias = kTerms && p.bias;
     const uint64_t from_queries = matrix_descriptor<kRow>(shared_address(queries) + group * 64 * kRow, 8 * kRow, 0);
     const uint64_t from_keys = matrix_descriptor<kRow>(shared_address(ring), 8 * kRow, 0);

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kTangentThreads, 2)
   const S* const from_keys = keys + (lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 8;
   const S* const from_values = values + lane % 16 * kPitch + lane / 16 * 8;
   const int row = warp * 16 + g;  // and row + 8
-  const float exponent = p.score_unit().exponent;
+  const float exponent = p.unit.exponent;
   float row_max[2], log_sum[2];  // of a row that sees nothing, which has only scores of -inf, both 0
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

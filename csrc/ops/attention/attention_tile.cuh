@@ -161,7 +161,7 @@ __device__ __forceinline__ RowTerms row_terms(const AttentionParams& p, const Qu
 template <class S>
 __device__ __forceinline__ void finish_scores(const AttentionParams& p, const AttentionAccess& wide, const RowTerms& terms, int key,
                                               float& x, float& y) {
-  const float factor = p.score_unit().factor;
+  const float factor = p.unit.factor;
   const bool any = key < terms.visible, both = key + 1 < terms.visible;
   if (p.bias && any) {
     float bias[2];
@@ -208,7 +208,7 @@ __device__ __forceinline__ float rescale_of(bool bias, float exponent, float fro
 }
 // The log-sum-exp and, where it is asked for, RowStats of query number `at`: `sum` as it was added up. A query that sees nothing has 0.
 __device__ __forceinline__ void store_row_stats(const AttentionParams& p, int64_t at, float row_max, float sum) {
-  const ScoreUnit unit = p.score_unit();
+  const ScoreUnit& unit = p.unit;
   const bool nothing = sum == 0.0f;
   // By how much the shift's rounding made all powers too large.
   const float excess = nothing || p.bias ? 0.0f : fmaf(row_max, unit.exponent, -mul(row_max, unit.exponent));

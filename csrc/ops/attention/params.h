@@ -24,16 +24,15 @@ struct AttentionParams {
   AttentionRows q_at, k_at, v_at, bias_at, mask_at, o_at;
   int64_t batch, heads, kv_heads, n, m, d;
   float scale;
-  bool causal;  // query i sees keys 0 ... i + m - n
-  DType dtype;  // of q, k, v, o: F32, BF16 or F16
+  ScoreUnit unit;  // score_unit(bias, scale)
+  bool causal;     // query i sees keys 0 ... i + m - n
+  DType dtype;     // of q, k, v, o: F32, BF16 or F16
   DType bias_dtype;
   // Sequences of different lengths, one after another (attention_varlen_): (batch + 1) int64 or int32, the rows of q and of k where each
   // begins; else nullptr. Then q_at, ..., o_at have no batch, n and m are the largest lengths, and lse is (heads, packed).
   const void *q_starts, *k_starts;
   int64_t packed, packed_keys;  // rows of q and of k
   bool wide_starts;
-
-  constexpr ScoreUnit score_unit() const { return genfast::score_unit(bias, scale); }
 };
 
 struct AttentionBackwardParams {

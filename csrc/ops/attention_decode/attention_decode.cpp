@@ -70,7 +70,7 @@ void attention_decode_(const Tensor& o, const Tensor& lse, const std::optional<T
     p.bias = bias->data_ptr();
   }
   p.causal = causal;
-  p.scale = static_cast<float>(scale);
+  p.unit = score_unit(p.bias, static_cast<float>(scale));
   const DeviceGuard guard(q);
   GENFAST_LAUNCH(attention_decode, p, q);
 }

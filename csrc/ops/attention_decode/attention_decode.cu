@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads) decode_fma_kernel(const __grid_const
 
   const S* const k = static_cast<const S*>(p.k) + at.batch * p.k_at.batch + at.kv_head * p.k_at.head + at.first * p.k_at.row + column;
   const S* const v = static_cast<const S*>(p.v) + at.batch * p.v_at.batch + at.kv_head * p.v_at.head + at.first * p.v_at.row + column;
-  const ScoreUnit unit = p.score_unit();
+  const ScoreUnit& unit = p.unit;
   float out[kRows][kFours][4] = {}, row_max[kRows], row_sum[kRows] = {};
   int visible[kRows];
 #pragma unroll
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   const int64_t key_head = static_cast<int>(blockIdx.x) / rows, from = key_head * splits * rows + r;
 
   // Every warp finds the maximum and the sum for itself.
-  const ScoreUnit unit = p.score_unit();
+  const ScoreUnit& unit = p.unit;
   const auto part = [&](int s) { return p.part_stats[from + static_cast<int64_t>(s) * rows]; };
   float row_max = kMinusInfinity, sum = 0.0f;
   for (int s = thread % 32; s < splits; s += 32) row_max = fmaxf(row_max, part(s).row_max);

@@ -73,7 +73,7 @@ template <class S, int kRows>
 __device__ __forceinline__ void join_warps(const AttentionDecodeParams& p, const DecodeBlock& at, const WarpSums<kRows>& sums,
                                            const float* out, int pitch) {
   const int d = static_cast<int>(p.d), n = static_cast<int>(p.n);
-  const ScoreUnit unit = p.score_unit();
+  const ScoreUnit& unit = p.unit;
   for (int i = static_cast<int>(threadIdx.x); i < at.rows * d; i += kThreads) {
     const int row = i / d, c = i % d;
     float row_max = kMinusInfinity, sum = 0.0f, value = 0.0f;

@@ -216,7 +216,7 @@ void run_unit(const AttentionDecodeParams& p, int64_t unit, const Scratch& at) {
   const int64_t part = unit % p.splits, key_head = unit / p.splits % p.kv_heads, b = unit / p.splits / p.kv_heads;
   const int64_t length = p.length(b), rows = p.rows(), chunk = p.part_keys(length), first_head = key_head * p.group();
   const int64_t end = chunk * (part + 1) < length ? chunk * (part + 1) : length;
-  const ScoreUnit score = p.score_unit();
+  const ScoreUnit& score = p.unit;
   for (int64_t r = 0; r < rows; ++r) {
     const T* q = static_cast<const T*>(p.q) + b * p.q_at.batch + (first_head + r / p.n) * p.q_at.head + r % p.n * p.q_at.row;
     load_row(at.q + r * at.width, q, p.d);
@@ -293,7 +293,7 @@ void run(const AttentionDecodeParams& p, int64_t first_unit, int64_t last_unit, 
 void merge(const AttentionDecodeParams& p, int64_t first, int64_t last) {
   visit_storage(p.dtype, [&]<class T>(T) {
     const int64_t rows = p.rows();
-    const ScoreUnit score = p.score_unit();
+    const ScoreUnit& score = p.unit;
     for (int64_t at = first * rows; at < last * rows; ++at) {
       const int64_t key_head = at / rows, r = at % rows, b = key_head / p.kv_heads;
       const int64_t head = key_head % p.kv_heads * p.group() + r / p.n, query = r % p.n, from = key_head * p.splits * rows + r;

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads) decode_mma_kernel(const __grid_const
 
   const S* const k = static_cast<const S*>(p.k) + at.batch * p.k_at.batch + at.kv_head * p.k_at.head + at.first * p.k_at.row + 8 * t;
   const S* const v = static_cast<const S*>(p.v) + at.batch * p.v_at.batch + at.kv_head * p.v_at.head + at.first * p.v_at.row + 8 * g;
-  const ScoreUnit unit = p.score_unit();
+  const ScoreUnit& unit = p.unit;
   float out[kGroups][8][4] = {}, row_max[2] = {kMinusInfinity, kMinusInfinity}, row_sum[2] = {};
   const int visible[2] = {visible_keys(p, at, g), visible_keys(p, at, g + 8)};
 

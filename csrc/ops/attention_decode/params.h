@@ -27,13 +27,12 @@ struct AttentionDecodeParams {
   RowStats* part_stats;  // (batch, kv_heads, splits, heads / kv_heads, n), dense: of each part's keys
   DecodeRows q_at, k_at, v_at, bias_at, o_at;
   int64_t batch, heads, kv_heads, n, capacity, d, splits;
-  float scale;
-  bool causal;  // query i sees keys 0 ... i + length - n
+  ScoreUnit unit;  // which holds the scale
+  bool causal;     // query i sees keys 0 ... i + length - n
   bool wide_lengths;
   DType dtype;  // of q, k, v, o: F32, BF16 or F16
   DType bias_dtype;
 
-  constexpr ScoreUnit score_unit() const { return genfast::score_unit(bias, scale); }
   // The rows that share a key head: group() heads of n queries, queries innermost.
   constexpr int64_t group() const { return heads / kv_heads; }
   constexpr int64_t rows() const { return group() * n; }
