@@ -235,21 +235,22 @@ def _laid_out(t: Tensor) -> Tensor:
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, causal: bool, scale: float, derivatives: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, the log-sum-exp and, with ``derivatives``, what the backward pass rebuilds the weights from (csrc: RowStats), else
-    an empty tensor."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The output, the log-sum-exp and, with ``derivatives``, what the backward pass rebuilds the weights from: csrc/core/row_stats.h."""
     kernel = route(q, k, bias is not None or mask is not None or causal, derivatives).kernel
+    row_stats: Tensor | None
     if kernel == "genfast":
-        o, lse, row_stats = _fake_forward(q, derivatives)
+        o, lse = _heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        row_stats = q.new_empty((*q.shape[:3], 2), dtype=torch.float32) if derivatives else None
         bias, mask = (whole(t, q, k) for t in (bias, mask))
-        _backend.namespace.attention_(o, lse, row_stats if derivatives else None, unit(q), unit(k), unit(v), bias, mask, causal, scale)
+        _backend.namespace.attention_(o, lse, row_stats, unit(q), unit(k), unit(v), bias, mask, causal, scale)
         return o, lse, row_stats
     if kernel == "torch_cpu_flash":
         o, lse = _torch_cpu_flash(q, k, v, bias, mask, causal, scale)
-        row_stats = torch.stack((lse.masked_fill(lse == -torch.inf, 0), torch.ones_like(lse)), -1)
+        row_stats = torch.stack((lse.masked_fill(lse == -torch.inf, 0), torch.ones_like(lse)), -1) if derivatives else None
     else:
         o, lse, row_stats = blocks.forward(Inputs(q, k, v, bias, mask, causal, scale))
-    return _laid_out(o), lse.contiguous(), row_stats if derivatives else lse.new_empty(0)
+    return _laid_out(o), lse.contiguous(), row_stats
 
 
 def _backward(
@@ -331,7 +332,7 @@ def _straight(*tensors: Tensor) -> bool:
     return readable(tensors[0]) and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
-def _call_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _call_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Any]:
     if _straight(q, k, v):
         return _untracked(_forward)(q, k, v, *rest)  # type: ignore[return-value]
     o, lse, row_stats = torch.ops.genfast.attention(q, k, v, *rest)
@@ -360,17 +361,23 @@ def _fake_backward(
     return (*(_heads_last(t) for t in (q, k, v)), dbias)
 
 
-def _untracked(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+def _operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """An operator returns tensors: without derivatives an empty one for row_stats."""
+    o, lse, row_stats = _forward(*arguments)
+    return o, lse, row_stats if arguments[-1] and row_stats is not None else lse.new_empty(0)
+
+
+def _untracked(run: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """The results lie transposed; marked as views they would make a tangent of another layout an error."""
 
-    def kernel(*arguments: Any) -> tuple[Tensor, ...]:
+    def kernel(*arguments: Any) -> tuple[Any, ...]:
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)):
             return run(*arguments)
 
     return kernel
 
 
-for _name, _run, _fake in (("attention", _forward, _fake_forward), ("attention_backward", _backward, _fake_backward)):
+for _name, _run, _fake in (("attention", _operator, _fake_forward), ("attention_backward", _backward, _fake_backward)):
     implementations.impl(_name, _untracked(_run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"genfast::{_name}", _fake, lib=implementations)
     refuse_lost_derivatives(_name, "genfast.ops.attention")

@@ -60,6 +60,25 @@ def test_causal_groups_and_a_broadcast_bias(dtype: torch.dtype, n: int, kind: st
     check([q, k, v, bias[:1]])
 
 
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("n", [4, 20])
+def test_the_math_path_of_torch(n: int, kind: str) -> None:
+    """In float32, row by row. (torch's fused CPU kernel is no oracle: its backward pass has the log-sum-exp alone.)"""
+    tensors, do = (
+        [*inputs(torch.float32, n, kv_heads=2), masked(kind, n, 50, torch.float32)],
+        draw(2, 2, n, 16, seed=7, dtype=torch.float32),
+    )
+    results = []
+    for function in (ops.attention, F.scaled_dot_product_attention):
+        given = leaves(tensors)
+        with sdpa_kernel(SDPBackend.MATH):
+            o = function(*given)
+        results.append([o, *torch.autograd.grad(o, given, do)])
+    for got, expected in zip(*results, strict=True):
+        for mine, theirs in zip(got.flatten(0, -2), expected.flatten(0, -2), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["-1e9", "lowest", "-1e300"])
 @pytest.mark.parametrize("n", [4, 20])
 def test_float64(n: int, kind: str) -> None:
