@@ -1,4 +1,4 @@
-// What softmax online needs of vectors, for the per-ISA units: exponential, folds, parts of rows, a transpose.
+// What online softmax needs of vectors, for the per-ISA units: exponential, folds, parts of rows, a transpose.
 #pragma once
 #include "vec.h"
 

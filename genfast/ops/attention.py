@@ -50,7 +50,7 @@ def attention(
     ``q`` (B, H, N, D); ``k`` and ``v`` (B, H / g, M, D): query head h reads head h // g. float32, float64, bfloat16 or float16, any
     strides. ``bias`` (q's dtype or float32, differentiable) and the bool ``mask`` (True: the query sees the key) broadcast to
     (B, H, N, M). ``causal``: query i sees keys 0 ... i + M - N, so the last query sees all. ``scale``: 1 / sqrt(D) where None.
-    A query that sees no key gives zeros and the log-sum-exp -inf.
+    A query that sees no key gives zeros and the log-sum-exp -inf; one whose bias is -1e9 or lower for all keys still sees them.
 
     Returns the output (B, H, N, D), which lies in memory as (B, N, H, D), and with ``return_lse`` also log sum exp of the scores
     (B, H, N), float32 for 16-bit inputs. Derivatives of any order, forward mode and torch.func: docs/derivatives.md; memory is linear
@@ -187,7 +187,7 @@ def route(q: Tensor, k: Tensor, terms: bool, derivatives: bool = False) -> Route
     if equal and q.dtype == torch.bfloat16 and d > 96 and not terms:
         return Route("torch_cpu_flash", f"bfloat16 of head dimension {d} with nothing to add: torch's CPU kernel, measured faster above 96")
     if device == "cpu":
-        return Route("genfast", "tiles of queries and keys, softmax online")
+        return Route("genfast", "tiles of queries and keys, online softmax")
     return _cuda_route(q, 256)
 
 

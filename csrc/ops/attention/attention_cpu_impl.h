@@ -1,4 +1,4 @@
-// The forward pass on a CPU, compiled once per instruction set: softmax online over blocks of keys (Milakov and Gimelshein 2018), so the
+// The forward pass on a CPU, compiled once per instruction set: online softmax over blocks of keys (Milakov and Gimelshein 2018), so the
 // scores of a block of queries stay in the first-level cache. An Engine says how the two products are made and in what form keys,
 // values and weights lie; the softmax between them is the same for all.
 #pragma once

@@ -1,4 +1,4 @@
-// The forward pass on tensor cores of sm_80 and newer (mma.sync, cp.async): softmax online over tiles of keys (Milakov and Gimelshein 2018;
+// The forward pass on tensor cores of sm_80 and newer (mma.sync, cp.async): online softmax over tiles of keys (Milakov and Gimelshein 2018;
 // Dao 2023). Each warp holds 16 or 32 query rows: their scores, weights and outputs never leave its registers.
 #pragma once
 #include "attention_mma.cuh"

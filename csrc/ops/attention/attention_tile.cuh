@@ -191,7 +191,7 @@ __device__ __forceinline__ void finish_scores(const AttentionParams& p, const At
   if (!second) y = kMinusInfinity;
 }
 
-// ---- softmax online: powers of two of scores relative to row_max, which is 0 here where no key has been seen ----
+// ---- online softmax: powers of two of scores relative to row_max, which is 0 here where no key has been seen ----
 
 // How a tile's scores enter the exponential: 2^(factor score - shift).
 struct Power {

@@ -1,5 +1,5 @@
 // Decoding on a CPU, compiled once per instruction set. It is bound by reading keys and values, so both are read where they lie, once for
-// all rows of a group of heads; products widen them to float32 in registers. Softmax online (Milakov and Gimelshein 2018).
+// all rows of a group of heads; products widen them to float32 in registers. Online softmax (Milakov and Gimelshein 2018).
 #pragma once
 #include <type_traits>
 
