@@ -236,7 +236,8 @@ def _laid_out(t: Tensor) -> Tensor:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, causal: bool, scale: float, derivatives: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The output, the log-sum-exp and, with ``derivatives``, what the backward pass rebuilds the weights from: csrc/core/row_stats.h."""
+    """The output, the log-sum-exp and, with ``derivatives``, row_stats (B, H, N, 2), from which the weights are made again: of the kernels
+    what csrc/core/row_stats.h says, of plain torch row_max and row_sum."""
     kernel = route(q, k, bias is not None or mask is not None or causal, derivatives).kernel
     row_stats: Tensor | None
     if kernel == "genfast":

@@ -212,9 +212,9 @@ void run_chunk(const AttentionBackwardParams& params, const AttentionBackwardPla
     VFloat sum{};
     for (int64_t c = 0; c < p.d; c += kLanes) sum = fma_lanes(load_first(g + c, p.d - c), load_first(o + c, p.d - c), sum);
     const RowStats stats = p.row_stats[row_0 + r];
-    if (stats.row_sum != 0) {  // else the query sees nothing: its weights and their gradients are 0, whatever comes in
-      at.row_max[r] = stats.row_max;
-      at.log_sum[r] = __builtin_log2f(stats.row_sum);
+    at.row_max[r] = stats.row_max;
+    at.log_sum[r] = stats.log_sum;
+    if (stats.log_sum != -kMinusInfinity) {  // else the query sees nothing: the gradients of its scores are 0, whatever comes in
       at.delta[r] = params.grad_lse ? total(sum) - params.grad_lse[row_0 + r] : total(sum);
     }
     params.delta[row_0 + r] = at.delta[r];

@@ -73,17 +73,15 @@ unsigned gradient_grid(const AttentionParams& p, int rows) {
   return static_cast<unsigned>(blocks);
 }
 
-// What its weights and slopes need to know of a query: its largest score, the logarithm of row_sum to base 2, infinite where all its
-// weights are 0 (there is no such query, or it sees nothing), and delta.
+// What its weights and slopes need to know of a query: RowStats, those of a row that sees nothing where there is no such query, and delta.
 struct QueryNumbers {
   float row_max, log_sum, delta;
 };
 __device__ __forceinline__ QueryNumbers query_numbers(const AttentionBackwardParams& p, int batch, int head, int64_t query) {
   const AttentionParams& f = p.forward;
   const int64_t at = (batch * f.heads + head) * f.n + query;
-  const RowStats stats = query < f.n ? f.row_stats[at] : RowStats{kMinusInfinity, 0.0f};
-  if (stats.row_sum == 0.0f) return {0.0f, -kMinusInfinity, 0.0f};
-  return {stats.row_max, log2f(stats.row_sum), p.delta[at]};
+  const RowStats stats = query < f.n ? f.row_stats[at] : RowStats{0.0f, -kMinusInfinity};
+  return {stats.row_max, stats.log_sum, stats.log_sum == -kMinusInfinity ? 0.0f : p.delta[at]};
 }
 __device__ __forceinline__ float weight_of(float score, float row_max, float log_sum, float exponent) {
   return exp2_fast(fmaf(score - row_max, exponent, -log_sum));

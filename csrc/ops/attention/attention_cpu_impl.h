@@ -116,8 +116,9 @@ void run_block(const AttentionParams& p, const Block<Engine>& at, int64_t batch,
     const float all = total(row_sum[r]), inverse = all == 0 ? 0.0f : 1.0f / all;
     for (int64_t c = 0; c < p.d; c += kLanes) store_first(o + r * p.o_at.row + c, load<float>(at.out + r * width + c) * inverse, p.d - c);
     const float excess = all == 0 ? 0.0f : power_excess<kBias>(row_max[r], unit.exponent);
-    p.lse[row_0 + r] = all == 0 ? kMinusInfinity : row_max[r] * unit.logarithm + (__builtin_logf(all) - excess * kLn2);
-    if (p.row_stats) p.row_stats[row_0 + r] = {row_max[r], all * exp2_lanes(splat(-excess))[0]};
+    const float log_sum = all == 0 ? -kMinusInfinity : __builtin_logf(all) - excess * kLn2;
+    p.lse[row_0 + r] = all == 0 ? kMinusInfinity : row_max[r] * unit.logarithm + log_sum;
+    if (p.row_stats) p.row_stats[row_0 + r] = {all == 0 ? 0.0f : row_max[r], log_sum * kLog2e};
   }
 }
 

@@ -75,13 +75,11 @@ __global__ void __launch_bounds__(kTangentThreads, 2)
   const S* const from_values = values + lane % 16 * kPitch + lane / 16 * 8;
   const int row = warp * 16 + g;  // and row + 8
   const float exponent = p.unit.exponent;
-  float row_max[2], log_sum[2];  // of a row that sees nothing, which has only scores of -inf, both 0
+  RowStats stats[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int mine = row + 8 * half < at.rows ? row + 8 * half : at.rows - 1;
-    const RowStats stats = p.row_stats[lse_at(p, at, at.first + mine)];
-    row_max[half] = stats.row_sum == 0.0f ? 0.0f : stats.row_max;
-    log_sum[half] = stats.row_sum == 0.0f ? 0.0f : log2f(stats.row_sum);
+    stats[half] = p.row_stats[lse_at(p, at, at.first + mine)];
   }
 
   float out[2 * kSteps][4] = {}, mean[2] = {};
@@ -124,8 +122,8 @@ __global__ void __launch_bounds__(kTangentThreads, 2)
       for (int j = 0; j < kKeyTiles; ++j) {
         float &x = weight[j][2 * half], &y = weight[j][2 * half + 1];
         finish_scores<S>(p, wide.forward, terms, 8 * j + 2 * t, x, y);
-        x = exp2_fast(fmaf(x - row_max[half], exponent, -log_sum[half]));
-        y = exp2_fast(fmaf(y - row_max[half], exponent, -log_sum[half]));
+        x = exp2_fast(fmaf(x - stats[half].row_max, exponent, -stats[half].log_sum));
+        y = exp2_fast(fmaf(y - stats[half].row_max, exponent, -stats[half].log_sum));
         float &dx = slope[j][2 * half], &dy = slope[j][2 * half + 1];
         dx *= p.scale * x;
         dy *= p.scale * y;

@@ -7,6 +7,7 @@
 namespace genfast {
 namespace {
 
+constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
 constexpr float kMinusInfinity = -__builtin_inff();
 
@@ -212,8 +213,9 @@ __device__ __forceinline__ void store_row_stats(const AttentionParams& p, int64_
   const bool nothing = sum == 0.0f;
   // By how much the shift's rounding made all powers too large.
   const float excess = nothing || p.bias ? 0.0f : fmaf(row_max, unit.exponent, -mul(row_max, unit.exponent));
-  p.lse[at] = nothing ? kMinusInfinity : fmaf(row_max, unit.logarithm, fmaf(-excess, kLn2, logf(sum)));
-  if (p.row_stats) p.row_stats[at] = {row_max, sum * exp2f(-excess)};
+  const float log_sum = nothing ? -kMinusInfinity : fmaf(-excess, kLn2, logf(sum));
+  p.lse[at] = nothing ? kMinusInfinity : fmaf(row_max, unit.logarithm, log_sum);
+  if (p.row_stats) p.row_stats[at] = {nothing ? 0.0f : row_max, log_sum * kLog2e};
 }
 
 }  // namespace

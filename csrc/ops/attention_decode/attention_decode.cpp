@@ -61,7 +61,7 @@ void attention_decode_(const Tensor& o, const Tensor& lse, const std::optional<T
   p.splits = splits;
   if (splits > 1) {
     p.parts = float_data(*parts, "parts", splits * rows * (p.d + 2));
-    p.part_stats = reinterpret_cast<RowStats*>(p.parts + splits * rows * p.d);
+    p.part_stats = reinterpret_cast<PartStats*>(p.parts + splits * rows * p.d);
   }
   if (bias.has_value()) {
     p.bias_dtype = dtype_of(*bias, "bias");

@@ -304,7 +304,7 @@ void merge(const AttentionDecodeParams& p, int64_t first, int64_t last) {
       }
       const float shift = row_max == kMinusInfinity ? 0.0f : row_max;
       const auto part_sum = [&](int64_t s) {  // of the part's exponentials, in the unit of the whole
-        const RowStats part = p.part_stats[from + s * rows];
+        const PartStats part = p.part_stats[from + s * rows];
         return exp2_lanes(splat((part.row_max - shift) * score.exponent)) * part.row_sum;
       };
       for (int64_t s = 0; s < p.splits; ++s) sum += part_sum(s)[0];
