@@ -1,4 +1,4 @@
-// What softmax online needs of vectors, for the per-ISA units: exponential, folds, parts of rows, a transpose.
+// What online softmax needs of vectors, for the per-ISA units: exponential, folds, parts of rows, a transpose.
 #pragma once
 #include "vec.h"
 
@@ -53,6 +53,31 @@ GF_INLINE VFloat exp2_lanes(VFloat x) {
   const VInt exponent = (__builtin_convertvector(whole, VInt) + 127) << 23;
   return vanishes ? VFloat{} : y * (VFloat)exponent;
 #endif
+}
+
+// exponent (x - row_max): the difference first where kWide says that x and row_max have no room for the exponent, because a bias was added;
+// else, where it can be fused, in one step. Then exponent row_max is rounded, which makes all powers of a row too large by power_excess.
+template <bool kWide>
+GF_INLINE VFloat power_lanes(VFloat x, float row_max, float exponent) {
+#if defined(__FMA__)
+  if constexpr (!kWide) return fma_lanes(x, splat(exponent), splat(-row_max * exponent));
+#endif
+  return (x - row_max) * exponent;
+}
+template <bool kWide>
+GF_INLINE float power_excess(float row_max, float exponent) {
+#if defined(__FMA__)
+  if constexpr (!kWide) return __builtin_fmaf(row_max, exponent, -(row_max * exponent));
+#endif
+  return 0.0f;
+}
+// From sums of such powers for row_max `from` to those for `to`.
+template <bool kWide>
+GF_INLINE float power_between(float from, float to, float exponent) {
+#if defined(__FMA__)
+  if constexpr (!kWide) return from * exponent - to * exponent;
+#endif
+  return (from - to) * exponent;
 }
 
 // Folds halves together: log2(kLanes) steps.

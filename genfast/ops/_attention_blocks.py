@@ -81,19 +81,21 @@ def _sum(x: Tensor, y: Tensor, heads: int) -> Tensor:
     return x.reshape(batch, heads, shared, x.shape[3]).mT @ y.reshape(batch, heads, shared, y.shape[3])
 
 
-def _normalise(s: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights and the log-sum-exp of rows of scores; a row of -inf has weights 0."""
-    shift = s.detach().logsumexp(-1, keepdim=True)
-    shift = shift.masked_fill(shift == -torch.inf, 0)
-    p = (s - shift).exp()
-    total = p.sum(-1, keepdim=True)
-    nothing = total == 0
-    total = total.masked_fill(nothing, 1)
-    return p / total, (total.log() + shift).masked_fill(nothing, -torch.inf).squeeze(-1)
+def _normalise(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights, the log-sum-exp and row_stats, (row_max, row_sum), of rows of scores; a row of -inf has weights 0."""
+    row_max = s.detach().amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -torch.inf)
+    row_max = row_max.masked_fill(row_max == -torch.inf, 0)
+    p = (s - row_max).exp()
+    row_sum = p.sum(-1, keepdim=True)
+    nothing = row_sum == 0
+    row_sum = row_sum.masked_fill(nothing, 1)
+    lse = (row_sum.log() + row_max).masked_fill(nothing, -torch.inf).squeeze(-1)
+    return p / row_sum, lse, torch.cat((row_max, row_sum), -1)
 
 
-def _weights(s: Tensor, lse: Tensor) -> Tensor:
-    return (s - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
+def _weights(s: Tensor, row_stats: Tensor) -> Tensor:
+    row_max, row_sum = row_stats[..., :1], row_stats[..., 1:]
+    return (s - row_max).exp() / row_sum
 
 
 class _Sums:
@@ -120,18 +122,21 @@ class _Sums:
         return results
 
 
-def forward(x: Inputs) -> tuple[Tensor, Tensor]:
-    """The output (B, H, N, D) in q's dtype and the log-sum-exp (B, H, N), at least float32."""
+def forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """The output (B, H, N, D) in q's dtype, and at least float32 the log-sum-exp (B, H, N) and what gives the weights again, row_stats
+    (B, H, N, 2): row_max and row_sum, of a query that sees nothing 0 and 1."""
     w = x.widened()
-    outputs, sums = [w.q.new_zeros(w.q[:, :, :0].shape)], [w.q.new_zeros((*w.q.shape[:2], 0))]
+    empty = (*w.q.shape[:2], 0)
+    results: list[list[Tensor]] = [[w.q.new_zeros(shape)] for shape in ((*empty, w.q.shape[3]), empty, (*empty, 2))]
     for at in x.blocks():
-        p, lse = _normalise(w.scores(at))
-        outputs.append(_each(p, w.v))
-        sums.append(lse)
-    return torch.cat(outputs, 2).to(x.q.dtype), torch.cat(sums, 2)
+        p, lse, row_stats = _normalise(w.scores(at))
+        for kept, part in zip(results, (_each(p, w.v), lse, row_stats), strict=True):
+            kept.append(part)
+    o, lse, row_stats = (torch.cat(parts, 2) for parts in results)
+    return o.to(x.q.dtype), lse, row_stats
 
 
-def backward(x: Inputs, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, bias_grad: bool) -> tuple[Tensor, ...]:
+def backward(x: Inputs, o: Tensor, row_stats: Tensor, do: Tensor, dlse: Tensor | None, bias_grad: bool) -> tuple[Tensor, ...]:
     """dq, dk, dv and, with ``bias_grad``, dbias."""
     w, heads = x.widened(), x.k.shape[1]
     do = do.to(w.q.dtype)
@@ -141,7 +146,7 @@ def backward(x: Inputs, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None,
     dk, dv = torch.zeros_like(w.k), torch.zeros_like(w.v)
     rows = _Sums(w.q, w.bias if bias_grad else None)
     for at in x.blocks():
-        p, do_at = _weights(w.scores(at), lse[:, :, at]), do[:, :, at]
+        p, do_at = _weights(w.scores(at), row_stats[:, :, at]), do[:, :, at]
         ds = p * (_each(do_at, w.v.mT) - delta[:, :, at, None])
         rows.add(x.scale * _each(ds, w.k), ds if bias_grad else None)
         dk = dk + x.scale * _sum(ds, w.q[:, :, at], heads)
@@ -151,13 +156,14 @@ def backward(x: Inputs, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None,
     return joined[0], dk.to(x.k.dtype), dv.to(x.v.dtype), *joined[1:]
 
 
-def tangent(x: Inputs, t: Inputs, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The tangents of o and lse along ``t`` (its q, k, v, bias). Differentiable, but not through a given ``lse``, which saves work."""
+def tangent(x: Inputs, t: Inputs) -> tuple[Tensor, Tensor]:
+    """The tangents of o and lse along ``t`` (its q, k, v, bias). Differentiable."""
     w, t = x.widened(), t.widened()
+    sees_less = x.bias is not None or x.mask is not None or x.causal  # else no query sees nothing, and one operator does it
     results: list[list[Tensor]] = [[w.q.new_zeros(w.q[:, :, :0].shape)], [w.q.new_zeros((*w.q.shape[:2], 0))]]
     for at in x.blocks():
         s = w.scores(at)
-        p = _normalise(s)[0] if lse is None else _weights(s, lse[:, :, at])
+        p = _normalise(s)[0] if sees_less else torch.softmax(s, -1)
         ts = _score_tangent(w, t, at)
         tlse = (p * ts).sum(-1)
         results[0].append(_each(p * (ts - tlse[..., None]), w.v) + _each(p, t.v))
@@ -184,7 +190,7 @@ def backward_tangent(
     rows = _Sums(w.q, w.q, w.q[..., 0], w.bias if bias_grad else None)
     for at in x.blocks():
         q, do_at = w.q[:, :, at], do[:, :, at]
-        p, _ = _normalise(w.scores(at))
+        p = _normalise(w.scores(at))[0]
         o = _each(p, w.v)
         dp = _each(do_at, w.v.mT)
         delta = (do_at * o).sum(-1) if dlse is None else (do_at * o).sum(-1) - dlse[:, :, at]

@@ -1,4 +1,4 @@
-"""The tangent of `genfast::attention` from its output and log-sum-exp: the operator, its kernel on CUDA, and its gradient."""
+"""The tangent of `genfast::attention` from its output and row_stats: the operator, its kernel on CUDA, and its gradient."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ._backend import implementations
 _PRIMALS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, bool causal, float scale"
 _library.define(
     "attention_tangent_",
-    f"(Tensor(a!) to, Tensor(b!) tlse, {_PRIMALS}, Tensor tq, Tensor tk, Tensor tv, Tensor o, Tensor lse) -> ()",
+    f"(Tensor(a!) to, Tensor(b!) tlse, {_PRIMALS}, Tensor tq, Tensor tk, Tensor tv, Tensor o, Tensor row_stats) -> ()",
 )
 _library.define(
     "attention_tangent",
-    f"({_PRIMALS}, Tensor tq, Tensor tk, Tensor tv, Tensor? tbias, Tensor o, Tensor lse) -> (Tensor, Tensor)",
+    f"({_PRIMALS}, Tensor tq, Tensor tk, Tensor tv, Tensor? tbias, Tensor o, Tensor row_stats) -> (Tensor, Tensor)",
 )
 
 
@@ -35,8 +35,8 @@ def has_kernel(q: Tensor, k: Tensor, tbias: Tensor | None) -> bool:
     return q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
-def tangent(x: Inputs, t: Inputs, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """The tangents of ``o`` and ``lse`` along ``t`` (its q, k, v, bias), differentiable. Their graph keeps the inputs alone.
+def tangent(x: Inputs, t: Inputs, o: Tensor, row_stats: Tensor) -> tuple[Tensor, Tensor]:
+    """The tangents of ``o`` and the log-sum-exp along ``t`` (its q, k, v, bias), differentiable. Their graph keeps the inputs alone.
 
     Where a transform, a tracer or a second tangent is about, by torch's operators, which have every rule.
     """
@@ -48,7 +48,7 @@ def tangent(x: Inputs, t: Inputs, o: Tensor, lse: Tensor) -> tuple[Tensor, Tenso
     nested = len(transforms) > 1 or any(each.key() != TransformType.Jvp for each in transforms)
     if traced or dual or nested:
         return blocks.tangent(x, t)
-    arguments = (x.q, x.k, x.v, x.bias, x.mask, x.causal, x.scale, t.q, t.k, t.v, t.bias, o, lse)
+    arguments = (x.q, x.k, x.v, x.bias, x.mask, x.causal, x.scale, t.q, t.k, t.v, t.bias, o, row_stats)
     if transforms or (torch.is_grad_enabled() and any(u is not None and u.requires_grad for u in tensors)):
         to, tlse = _Tangent.apply(*arguments)  # type: ignore[no-untyped-call]
         return to, tlse
@@ -73,19 +73,21 @@ def _run(
     tv: Tensor,
     tbias: Tensor | None,
     o: Tensor,
-    lse: Tensor,
+    row_stats: Tensor,
 ) -> tuple[Tensor, Tensor]:
     if has_kernel(q, k, tbias):
-        to, tlse = torch.empty_like(o), torch.empty_like(lse)
+        to, tlse = torch.empty_like(o), row_stats.new_empty(row_stats.shape[:3])
         rows = [unit(t) for t in (q, k, v, tq, tk, tv)]
-        _backend.namespace.attention_tangent_(to, tlse, *rows[:3], whole(bias, q, k), whole(mask, q, k), causal, scale, *rows[3:], o, lse)
+        terms = (whole(bias, q, k), whole(mask, q, k), causal, scale)
+        _backend.namespace.attention_tangent_(to, tlse, *rows[:3], *terms, *rows[3:], o, row_stats)
         return to, tlse
-    to, tlse = blocks.tangent(Inputs(q, k, v, bias, mask, causal, scale), Inputs(tq, tk, tv, tbias), lse)
+    to, tlse = blocks.tangent(Inputs(q, k, v, bias, mask, causal, scale), Inputs(tq, tk, tv, tbias))
     return torch.empty_like(o).copy_(to), tlse
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(arguments[11]), torch.empty_like(arguments[12])
+    o, row_stats = arguments[11:]
+    return torch.empty_like(o), row_stats.new_empty(row_stats.shape[:3])
 
 
 implementations.impl("attention_tangent", _run, "CompositeExplicitAutograd")

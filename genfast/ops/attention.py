@@ -22,16 +22,16 @@ from ._backend import implementations
 from ._checks import check_floating, check_is_tensor, check_tensor, readable, refusal
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, bool causal, float scale"
-_library.define("attention_", f"(Tensor(a!) o, Tensor(b!) lse, {_INPUTS}) -> ()")
+_library.define("attention_", f"(Tensor(a!) o, Tensor(b!) lse, Tensor(c!)? row_stats, {_INPUTS}) -> ()")
 _library.define(
     "attention_backward_",
     "(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!) delta, "
-    f"Tensor grad_o, Tensor? grad_lse, {_INPUTS}, Tensor o, Tensor lse) -> ()",
+    f"Tensor grad_o, Tensor? grad_lse, {_INPUTS}, Tensor o, Tensor row_stats) -> ()",
 )
-_library.define("attention", f"({_INPUTS}) -> (Tensor, Tensor)")
+_library.define("attention", f"({_INPUTS}, bool derivatives) -> (Tensor, Tensor, Tensor)")
 _library.define(
     "attention_backward",
-    f"(Tensor grad_o, Tensor? grad_lse, {_INPUTS}, Tensor o, Tensor lse, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad_o, Tensor? grad_lse, {_INPUTS}, Tensor o, Tensor row_stats, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -50,7 +50,7 @@ def attention(
     ``q`` (B, H, N, D); ``k`` and ``v`` (B, H / g, M, D): query head h reads head h // g. float32, float64, bfloat16 or float16, any
     strides. ``bias`` (q's dtype or float32, differentiable) and the bool ``mask`` (True: the query sees the key) broadcast to
     (B, H, N, M). ``causal``: query i sees keys 0 ... i + M - N, so the last query sees all. ``scale``: 1 / sqrt(D) where None.
-    A query that sees no key gives zeros and the log-sum-exp -inf.
+    A query that sees no key gives zeros and the log-sum-exp -inf; one whose bias is -1e9 or lower for all keys still sees them.
 
     Returns the output (B, H, N, D), which lies in memory as (B, N, H, D), and with ``return_lse`` also log sum exp of the scores
     (B, H, N), float32 for 16-bit inputs. Derivatives of any order, forward mode and torch.func: docs/derivatives.md; memory is linear
@@ -58,9 +58,9 @@ def attention(
     """
     bias, mask, scale = _check(q, k, v, bias, mask, scale)
     if wanted((q, k, v, bias)):
-        o, lse = _differentiable(q, k, v, bias, mask, causal, scale)
+        o, lse, _ = _differentiable(q, k, v, bias, mask, causal, scale)
     else:
-        o, lse = _call_forward(q, k, v, bias, mask, causal, scale)
+        o, lse, _ = _call_forward(q, k, v, bias, mask, causal, scale, False)
     return (o, lse) if return_lse else o
 
 
@@ -130,9 +130,11 @@ def attention_jvp(
     bias, mask, scale = _check(q, k, v, bias, mask, scale)
     for name, t, primal in (("tq", tq, q), ("tk", tk, k), ("tv", tv, v)):
         check_tensor(name, t, primal.shape, primal.dtype, primal.device)
-    run = _differentiable if wanted((q, k, v, bias)) else _call_forward
-    o, lse = run(q, k, v, bias, mask, causal, scale)
-    return o, tangent(Inputs(q, k, v, bias, mask, causal, scale), Inputs(tq, tk, tv, None), o, lse)[0]
+    if wanted((q, k, v, bias)):
+        o, _, row_stats = _differentiable(q, k, v, bias, mask, causal, scale)
+    else:
+        o, _, row_stats = _call_forward(q, k, v, bias, mask, causal, scale, True)
+    return o, tangent(Inputs(q, k, v, bias, mask, causal, scale), Inputs(tq, tk, tv, None), o, row_stats)[0]
 
 
 def explain_attention(
@@ -146,7 +148,7 @@ def explain_attention(
 ) -> str:
     """Which forward pass and which backward pass `attention` runs for these arguments, and why: two sentences."""
     _check(q, k, v, bias, mask, scale)
-    chosen = route(q, k, bias is not None or mask is not None or causal)
+    chosen = route(q, k, bias is not None or mask is not None or causal, wanted((q, k, v, bias)))
     backward = route_backward(q, k, bias is not None)
     return f"Forward: {chosen.kernel} ({chosen.why}). Backward: {backward.kernel} ({backward.why})."
 
@@ -165,21 +167,27 @@ class Route:
     why: str
 
 
-def route(q: Tensor, k: Tensor, terms: bool) -> Route:
-    """Which forward pass runs; ``terms``: there is a bias, a mask or causality."""
+def route(q: Tensor, k: Tensor, terms: bool, derivatives: bool = False) -> Route:
+    """Which forward pass runs; ``terms``: there is a bias, a mask or causality; ``derivatives``: a derivative will be asked for.
+
+    Then torch's kernels are left out but for float64 with nothing to add: they give the log-sum-exp alone, beside a large bias not enough.
+    """
     device, n, d = q.device.type, q.shape[2], q.shape[3]
     if q.numel() == 0 or k.numel() == 0:
         return Route("blocks", _NOTHING)
     if not _library.has_kernels(device):
         return Route("blocks", f"no kernels for {device} are loaded: plain torch over blocks of query rows")
     if device == "cpu" and q.dtype == torch.float64:
+        if terms and derivatives:
+            return Route("blocks", "float64 with terms to add and derivatives: plain torch over blocks of query rows")
         return Route("torch_cpu_flash", "float64: torch's tiled CPU kernel")
-    if device == "cpu" and n < 16 and q.shape[1] == k.shape[1]:
+    equal = device == "cpu" and q.shape[1] == k.shape[1] and not derivatives
+    if equal and n < 16:
         return Route("torch_cpu_flash", f"{n} queries do not fill a tile: torch's CPU kernel, measured faster below 16")
-    if device == "cpu" and q.dtype == torch.bfloat16 and d > 96 and not terms and q.shape[1] == k.shape[1]:
+    if equal and q.dtype == torch.bfloat16 and d > 96 and not terms:
         return Route("torch_cpu_flash", f"bfloat16 of head dimension {d} with nothing to add: torch's CPU kernel, measured faster above 96")
     if device == "cpu":
-        return Route("genfast", "tiles of queries and keys, softmax online")
+        return Route("genfast", "tiles of queries and keys, online softmax")
     return _cuda_route(q, 256)
 
 
@@ -226,19 +234,24 @@ def _laid_out(t: Tensor) -> Tensor:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    kernel = route(q, k, bias is not None or mask is not None or causal).kernel
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, causal: bool, scale: float, derivatives: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The output, the log-sum-exp and, with ``derivatives``, row_stats (B, H, N, 2), from which the weights are made again: of the kernels
+    what csrc/core/row_stats.h says, of plain torch row_max and row_sum."""
+    kernel = route(q, k, bias is not None or mask is not None or causal, derivatives).kernel
+    row_stats: Tensor | None
     if kernel == "genfast":
-        o, lse = _fake_forward(q)
+        o, lse = _heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        row_stats = q.new_empty((*q.shape[:3], 2), dtype=torch.float32) if derivatives else None
         bias, mask = (whole(t, q, k) for t in (bias, mask))
-        _backend.namespace.attention_(o, lse, unit(q), unit(k), unit(v), bias, mask, causal, scale)
-        return o, lse
+        _backend.namespace.attention_(o, lse, row_stats, unit(q), unit(k), unit(v), bias, mask, causal, scale)
+        return o, lse, row_stats
     if kernel == "torch_cpu_flash":
         o, lse = _torch_cpu_flash(q, k, v, bias, mask, causal, scale)
+        row_stats = torch.stack((lse.masked_fill(lse == -torch.inf, 0), torch.ones_like(lse)), -1) if derivatives else None
     else:
-        o, lse = blocks.forward(Inputs(q, k, v, bias, mask, causal, scale))
-    return _laid_out(o), lse.contiguous()
+        o, lse, row_stats = blocks.forward(Inputs(q, k, v, bias, mask, causal, scale))
+    return _laid_out(o), lse.contiguous(), row_stats
 
 
 def _backward(
@@ -252,7 +265,7 @@ def _backward(
     causal: bool,
     scale: float,
     o: Tensor,
-    lse: Tensor,
+    row_stats: Tensor,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = Inputs(q, k, v, bias, mask, causal, scale)
@@ -262,13 +275,13 @@ def _backward(
         dbias = torch.empty(bias.shape, dtype=torch.float32, device=q.device) if bias_grad and bias is not None else None
         rows, mask = (whole(t, q, k) for t in (bias, mask))
         delta, dlse = q.new_empty(q.shape[:3], dtype=torch.float32), None if grad_lse is None else grad_lse.contiguous()
-        read = (unit(grad_o), dlse, unit(q), unit(k), unit(v), rows, mask, causal, scale, unit(o), lse.contiguous())
+        read = (unit(grad_o), dlse, unit(q), unit(k), unit(v), rows, mask, causal, scale, unit(o), row_stats.contiguous())
         _backend.namespace.attention_backward_(dq, dk, dv, dbias, delta, *read)
         return dq, dk, dv, q.new_empty(0) if dbias is None or bias is None else dbias.to(bias.dtype)
     if kernel == "torch_cpu_flash":
-        grads = _torch_cpu_flash_backward(x, o, lse, grad_o)
+        grads = _torch_cpu_flash_backward(x, o, row_stats, grad_o)
     else:
-        grads = blocks.backward(x, o, lse, grad_o, grad_lse, bias_grad)
+        grads = blocks.backward(x, o, row_stats, grad_o, grad_lse, bias_grad)
     dq, dk, dv = (_laid_out(g) for g in grads[:3])
     return dq, dk, dv, grads[3].contiguous() if bias_grad else q.new_empty(0)
 
@@ -282,8 +295,6 @@ def _additive(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, ca
     if causal and (n != m or bias is not None or mask is not None):
         sees = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)[None, None]
         mask, causal = sees if mask is None else mask & sees, False
-    if bias is not None:
-        bias = bias.to(q.dtype)
     if mask is not None:
         zero = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias
         bias = torch.where(mask, zero, -torch.inf)
@@ -301,11 +312,11 @@ def _torch_cpu_flash(
     return o, lse
 
 
-def _torch_cpu_flash_backward(x: Inputs, o: Tensor, lse: Tensor, grad_o: Tensor) -> tuple[Tensor, ...]:
+def _torch_cpu_flash_backward(x: Inputs, o: Tensor, row_stats: Tensor, grad_o: Tensor) -> tuple[Tensor, ...]:
+    shift, total = row_stats.unbind(-1)
+    lse = shift + total.log()
     additive, causal = _additive(x.q, x.k, x.bias, x.mask, x.causal)
     q, k, v = unit(x.q), _shared(x.k, x.q), _shared(x.v, x.q)
-    if additive is not None:
-        lse = lse.masked_fill(lse == -torch.inf, 0)
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         unit(grad_o), q, k, v, o, lse, 0.0, causal, attn_mask=additive, scale=x.scale
     )
@@ -322,11 +333,11 @@ def _straight(*tensors: Tensor) -> bool:
     return readable(tensors[0]) and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
-def _call_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _call_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Any]:
     if _straight(q, k, v):
         return _untracked(_forward)(q, k, v, *rest)  # type: ignore[return-value]
-    o, lse = torch.ops.genfast.attention(q, k, v, *rest)
-    return o, lse
+    o, lse, row_stats = torch.ops.genfast.attention(q, k, v, *rest)
+    return o, lse, row_stats
 
 
 def _call_backward(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -339,8 +350,9 @@ def _call_backward(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Ten
 # ---- the operators ---------------------------------------------------------------------------------------------------------------
 
 
-def _fake_forward(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return _heads_last(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+def _fake_forward(q: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return _heads_last(q), q.new_empty(q.shape[:3], dtype=wide), q.new_empty((*q.shape[:3], 2) if rest[-1] else 0, dtype=wide)
 
 
 def _fake_backward(
@@ -350,17 +362,23 @@ def _fake_backward(
     return (*(_heads_last(t) for t in (q, k, v)), dbias)
 
 
-def _untracked(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+def _operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """An operator returns tensors: without derivatives an empty one for row_stats."""
+    o, lse, row_stats = _forward(*arguments)
+    return o, lse, row_stats if arguments[-1] and row_stats is not None else lse.new_empty(0)
+
+
+def _untracked(run: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """The results lie transposed; marked as views they would make a tangent of another layout an error."""
 
-    def kernel(*arguments: Any) -> tuple[Tensor, ...]:
+    def kernel(*arguments: Any) -> tuple[Any, ...]:
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)):
             return run(*arguments)
 
     return kernel
 
 
-for _name, _run, _fake in (("attention", _forward, _fake_forward), ("attention_backward", _backward, _fake_backward)):
+for _name, _run, _fake in (("attention", _operator, _fake_forward), ("attention_backward", _backward, _fake_backward)):
     implementations.impl(_name, _untracked(_run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"genfast::{_name}", _fake, lib=implementations)
     refuse_lost_derivatives(_name, "genfast.ops.attention")
@@ -370,9 +388,9 @@ for _name, _run, _fake in (("attention", _forward, _fake_forward), ("attention_b
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _differentiable(*arguments: Any) -> tuple[Tensor, Tensor]:
-    o, lse = _Attention.apply(*arguments)  # type: ignore[no-untyped-call]
-    return o, lse
+def _differentiable(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    o, lse, row_stats = _Attention.apply(*arguments)  # type: ignore[no-untyped-call]
+    return o, lse, row_stats
 
 
 def _fold(t: Tensor | None, dim: int | None, size: int, batch: int, expand: bool) -> Tensor | None:
@@ -387,31 +405,34 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        return _call_forward(q, k, v, bias, mask, causal, scale)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _call_forward(q, k, v, bias, mask, causal, scale, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.causal, ctx.scale = inputs
-        ctx.save_for_backward(*tensors, *output)
-        ctx.save_for_forward(*tensors, *output)
+        o, _, row_stats = output
+        ctx.mark_non_differentiable(row_stats)
+        ctx.save_for_backward(*tensors, o, row_stats)
+        ctx.save_for_forward(*tensors, o, row_stats)
         ctx.set_materialize_grads(False)
 
     @gradient_rule
-    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, mask, o, lse = ctx.saved_tensors
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, mask, o, row_stats = ctx.saved_tensors
         if do is None:
             do = torch.zeros_like(o)
         bias_grad = bias is not None and ctx.needs_input_grad[3]
         differentiated = wanted((do, dlse, q, k, v, bias))
         run = _AttentionBackward.apply if differentiated else _AttentionBackward.forward
-        grads: tuple[Tensor, ...] = run(do, dlse, q, k, v, bias, mask, ctx.causal, ctx.scale, o.detach(), lse.detach(), bias_grad)
+        grads: tuple[Tensor, ...] = run(do, dlse, q, k, v, bias, mask, ctx.causal, ctx.scale, o.detach(), row_stats, bias_grad)
         return (*grads[:3], grads[3] if bias_grad else None, None, None, None)
 
     @tangent_rule
-    def jvp(ctx: Any, saved: Sequence[Any], *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
-        q, k, v, bias, mask, o, lse = saved
-        return tangent(Inputs(q, k, v, bias, mask, ctx.causal, ctx.scale), _direction((q, k, v, bias), tangents), o, lse)
+    def jvp(ctx: Any, saved: Sequence[Any], *tangents: Tensor | None) -> tuple[Tensor, Tensor, None]:
+        q, k, v, bias, mask, o, row_stats = saved
+        to, tlse = tangent(Inputs(q, k, v, bias, mask, ctx.causal, ctx.scale), _direction((q, k, v, bias), tangents), o, row_stats)
+        return to, tlse, None
 
     @staticmethod
     def vmap(
@@ -429,12 +450,12 @@ class _Attention(torch.autograd.Function):
         q, k, v = (_fold(t, d, info.batch_size, batch, True) for t, d in zip((q, k, v), dims[:3], strict=True))  # type: ignore[assignment]
         bias, mask = (_fold(t, d, info.batch_size, batch, False) for t, d in zip((bias, mask), dims[3:5], strict=True))
         results = _Attention.apply(q, k, v, bias, mask, causal, scale)  # type: ignore[no-untyped-call]
-        return tuple(t.unflatten(0, (info.batch_size, batch)) for t in results), (0, 0)
+        return tuple(t.unflatten(0, (info.batch_size, batch)) for t in results), (0, 0, 0)
 
 
 class _AttentionBackward(torch.autograd.Function):
     """The gradient is the derivative of (do, o) + (dlse, lse), so the gradient of its product with a direction is the tangent of it along
-    that direction: the second derivative is symmetric. o and lse are values it may use; their dependence is accounted for."""
+    that direction: the second derivative is symmetric. o and row_stats are values it may use; their dependence is accounted for."""
 
     @staticmethod
     def forward(
@@ -448,10 +469,10 @@ class _AttentionBackward(torch.autograd.Function):
         causal: bool,
         scale: float,
         o: Tensor,
-        lse: Tensor,
+        row_stats: Tensor,
         bias_grad: bool,
     ) -> tuple[Tensor, ...]:
-        grads = _call_backward(do, dlse, q, k, v, bias, mask, causal, scale, o, lse, bias_grad)
+        grads = _call_backward(do, dlse, q, k, v, bias, mask, causal, scale, o, row_stats, bias_grad)
         return tuple(grads) if bias_grad else tuple(grads[:3])
 
     @staticmethod
@@ -485,7 +506,7 @@ class _AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        do, dlse, q, k, v, bias, mask, causal, scale, o, lse, bias_grad = arguments
+        do, dlse, q, k, v, bias, mask, causal, scale, o, row_stats, bias_grad = arguments
         batch = q.shape[0] if dims[2] is None else q.movedim(dims[2], 0).shape[1]
         rows = None if bias is None else (bias if dims[5] is None else bias.movedim(dims[5], 0)[0]).shape[0]
 
@@ -493,8 +514,8 @@ class _AttentionBackward(torch.autograd.Function):
             return _fold(t, dim, info.batch_size, batch, expand)
 
         do, dlse, q, k, v, bias = (fold(t, d) for t, d in zip((do, dlse, q, k, v, bias), dims[:6], strict=True))
-        mask, o, lse = fold(mask, dims[6], False), fold(o, dims[9]), fold(lse, dims[10])
-        results = _AttentionBackward.apply(do, dlse, q, k, v, bias, mask, causal, scale, o, lse, bias_grad)  # type: ignore[no-untyped-call]
+        mask, o, row_stats = fold(mask, dims[6], False), fold(o, dims[9]), fold(row_stats, dims[10])
+        results = _AttentionBackward.apply(do, dlse, q, k, v, bias, mask, causal, scale, o, row_stats, bias_grad)  # type: ignore[no-untyped-call]
         grads = [t.unflatten(0, (info.batch_size, batch)) for t in results]
         if bias_grad and rows != batch:
             grads[3] = grads[3].sum(1, keepdim=True)

@@ -126,7 +126,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, bias: Tensor | None, causal: bool, scale: float, splits: int
 ) -> tuple[Tensor, Tensor]:
     o, lse = _fake(q)
-    parts = q.new_empty(splits * lse.numel() * (q.shape[3] + 1), dtype=torch.float32) if splits > 1 else None
+    parts = q.new_empty(splits * lse.numel() * (q.shape[3] + 2), dtype=torch.float32) if splits > 1 else None
     if bias is not None:
         bias = whole(bias, q, k)
     _backend.namespace.attention_decode_(o, lse, parts, unit(q), unit(k), unit(v), lengths.contiguous(), bias, causal, scale, splits)

@@ -5,6 +5,7 @@ test_emulator_ops.py runs this file under AddressSanitizer too.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -36,6 +37,18 @@ def rows_of(t: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     return t.expand(*t.shape[:3], k.shape[2]).contiguous().expand(*q.shape[:3], k.shape[2])
 
 
+def row_stats_of(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """row_max and log_sum of each query from float64, as csrc/core/row_stats.h defines them: (B, H, N, 2)."""
+    products, (n, m) = q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT, (q.shape[2], k.shape[2])
+    early = bias is not None or not scale > 0
+    s = products * scale + (0 if bias is None else bias.double()) if early else products
+    hidden = ~torch.ones(n, m, dtype=torch.bool).tril(m - n) if causal else torch.zeros((), dtype=torch.bool)
+    s = s.masked_fill(hidden if mask is None else hidden | ~mask, -torch.inf)
+    row_max = s.amax(-1, keepdim=True).float().nan_to_num(neginf=0)
+    row_sum = ((s - row_max.double()) * (1 if early else scale)).exp().sum(-1, keepdim=True)
+    return torch.cat((row_max, row_sum.log2().nan_to_num(neginf=torch.inf).float()), -1)
+
+
 def run(
     emulated: Any,
     q: Tensor,
@@ -49,9 +62,14 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """The kernel's output and lse, checked against the reference; what it does not write stays NaN."""
     o = torch.full_like(q, torch.nan) if o is None else o
-    lse = torch.full(q.shape[:3], torch.nan)
+    lse, row_stats = (torch.full(shape, torch.nan) for shape in (q.shape[:3], (*q.shape[:3], 2)))
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    emulated.attention_(o, lse, q, k, v, rows_of(bias, q, k), rows_of(mask, q, k), causal, scale)
+    emulated.attention_(o, lse, row_stats, q, k, v, rows_of(bias, q, k), rows_of(mask, q, k), causal, scale)
+    unit, seen = 1 if bias is not None or scale <= 0 else scale, lse != -torch.inf
+    row_max, log_sum = row_stats.unbind(-1)
+    assert (row_max[~seen] == 0).all() and (log_sum[~seen] == torch.inf).all()
+    again = row_max * unit + log_sum * math.log(2)
+    torch.testing.assert_close(again[seen], lse[seen], rtol=1e-6, atol=1e-6, equal_nan=True)
     wide = [None if t is None else t.double() for t in (q, k, v, bias)]
     working = reference.attention(q, k, v, bias, mask, causal, scale, return_lse=True)
     exact = reference.attention(*wide, mask, causal, scale, return_lse=True)

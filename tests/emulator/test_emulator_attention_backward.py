@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulator.test_emulator_attention import HALF, HEADS, SHAPES, draw, inputs, rows_of
+from emulator.test_emulator_attention import HALF, HEADS, SHAPES, draw, inputs, row_stats_of, rows_of
 from torch import Tensor
 
 from genfast import reference
@@ -45,13 +45,14 @@ def run(
     do = draw(tuple(q.shape), q.dtype, 10) if do is None else do
     grad_lse = draw(tuple(q.shape[:3]), torch.float32, 11) if dlse else None
     wide = [None if t is None else t.double() for t in (q, k, v, bias, do, grad_lse)]
-    # Contiguous, so that o and lse have the same bits for any layout.
+    # Contiguous, so that o has the same bits for any layout.
     o, lse, *working = gradients(q.contiguous(), k.contiguous(), v.contiguous(), bias, do, grad_lse, mask, causal, scale)
     exact = gradients(*wide, mask, causal, scale)[2:]  # type: ignore[arg-type]
     got = [torch.full_like(t, torch.nan) for t in (q, k, v)] if into is None else into
     delta = torch.full_like(lse, torch.nan)
     dbias = None if bias is None else torch.full((1,) * (4 - bias.ndim) + bias.shape, torch.nan)
-    emulated.attention_backward_(*got, dbias, delta, do, grad_lse, q, k, v, rows_of(bias, q, k), rows_of(mask, q, k), causal, scale, o, lse)
+    given = (q, k, v, rows_of(bias, q, k), rows_of(mask, q, k), causal, scale, o, row_stats_of(q, k, bias, mask, causal, scale))
+    emulated.attention_backward_(*got, dbias, delta, do, grad_lse, *given)
     if dbias is not None and bias is not None:
         got = [*got, dbias.view(bias.shape)]
         working[3] = working[3].float()

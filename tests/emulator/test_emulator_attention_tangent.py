@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulator.test_emulator_attention import HALF, draw, inputs, rows_of
+from emulator.test_emulator_attention import HALF, draw, inputs, row_stats_of, rows_of
 from torch import Tensor
 
 from genfast import ops, reference
@@ -33,7 +33,9 @@ def run(emulated: Any, tensors: list[Tensor], bias: Tensor | None = None, mask: 
 
     o, lse = reference.attention(q, k, v, bias, mask, causal, scale, return_lse=True)
     to, tlse = torch.full_like(q, torch.nan), torch.full_like(lse, torch.nan)
-    emulated.attention_tangent_(to, tlse, q, k, v, rows_of(bias, q, k), rows_of(mask, q, k), causal, scale, *tangents, o, lse)
+    terms = (rows_of(bias, q, k), rows_of(mask, q, k), causal, scale)
+    row_stats = row_stats_of(q, k, bias, mask, causal, scale)
+    emulated.attention_tangent_(to, tlse, q, k, v, *terms, *tangents, o, row_stats)
     working, exact = both(q.dtype), both(torch.float64)
     # A query that sees nothing has no log-sum-exp to differentiate.
     seen = lse != -torch.inf

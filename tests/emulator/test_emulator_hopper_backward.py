@@ -78,10 +78,10 @@ def test_nan_stays_with_its_query(emulated: Any) -> None:
 
 
 def gradients(emulated: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor) -> list[torch.Tensor]:
-    o, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:3], torch.nan)
+    o, lse, row_stats = torch.full_like(q, torch.nan), *(torch.full((*q.shape[:3], *more), torch.nan) for more in ((), (2,)))
     got = [torch.full_like(t, torch.nan) for t in (q, k, v)]
-    emulated.attention_(o, lse, q, k, v, None, None, False, 0.125)
-    emulated.attention_backward_(*got, None, torch.full_like(lse, torch.nan), do, None, q, k, v, None, None, False, 0.125, o, lse)
+    emulated.attention_(o, lse, row_stats, q, k, v, None, None, False, 0.125)
+    emulated.attention_backward_(*got, None, torch.full_like(lse, torch.nan), do, None, q, k, v, None, None, False, 0.125, o, row_stats)
     return got
 
 

@@ -373,10 +373,10 @@ def test_double_backward_compiles_through_make_fx() -> None:
 def test_opcheck(bias_grad: bool) -> None:
     q, k, v, bias = few()
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    o, lse = ops.attention(q, k, v, bias, return_lse=True)
     forward = (q, k, v, bias, MASK, False, 0.5)
-    checked = torch.library.opcheck(torch.ops.genfast.attention, forward, test_utils=tests)
-    backward = (o, None, *forward, o, lse, bias_grad)
+    o, _, row_stats = torch.ops.genfast.attention(*forward, True)
+    checked = torch.library.opcheck(torch.ops.genfast.attention, (*forward, bias_grad), test_utils=tests)
+    backward = (o, None, *forward, o, row_stats, bias_grad)
     checked |= torch.library.opcheck(torch.ops.genfast.attention_backward, backward, test_utils=tests)
     assert set(checked.values()) == {"SUCCESS"}
 
@@ -386,4 +386,4 @@ def test_the_operators_refuse_what_they_would_lose() -> None:
     leaf = q.clone().requires_grad_()
     for given in itertools.permutations([leaf, k, v], 3):
         with pytest.raises(ValueError, match=r"call genfast\.ops\.attention outside torch\.compile"):
-            torch.ops.genfast.attention(*given, bias, None, False, 1.0)
+            torch.ops.genfast.attention(*given, bias, None, False, 1.0, False)

@@ -114,9 +114,9 @@ def test_offsets_beyond_two_to_the_31(dtype: torch.dtype) -> None:
 
         inputs = [put(t) for t in (q, k, v, bias)]
         o, grads = put(torch.zeros_like(q)), [put(torch.zeros_like(t)) for t in (q, k, v)]
-        lse, delta, dbias = torch.empty(1, 1, n), torch.empty(1, 1, n), torch.empty(bias.shape)
-        torch.ops.genfast.attention_(o, lse, *inputs, None, True, 0.2)
-        torch.ops.genfast.attention_backward_(*grads, dbias, delta, put(do), None, *inputs, None, True, 0.2, o, lse)
+        lse, delta, dbias, row_stats = (torch.empty(shape) for shape in ((1, 1, n), (1, 1, n), bias.shape, (1, 1, n, 2)))
+        torch.ops.genfast.attention_(o, lse, row_stats, *inputs, None, True, 0.2)
+        torch.ops.genfast.attention_backward_(*grads, dbias, delta, put(do), None, *inputs, None, True, 0.2, o, row_stats)
         return [o, lse, *grads, dbias]
 
     for far, near in zip(run(True), run(False), strict=True):

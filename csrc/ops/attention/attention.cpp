@@ -1,11 +1,12 @@
-// attention_(Tensor(a!) o, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, bool causal, float scale) -> ()
+// attention_(Tensor(a!) o, Tensor(b!) lse, Tensor(c!)? row_stats, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, bool causal,
+//            float scale) -> ()
 // attention_backward_(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!) delta, Tensor grad_o, Tensor? grad_lse,
-//                     Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, bool causal, float scale, Tensor o, Tensor lse) -> ()
+//                     Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, bool causal, float scale, Tensor o, Tensor row_stats) -> ()
 // attention_tangent_(Tensor(a!) to, Tensor(b!) tlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, bool causal, float scale,
-//                    Tensor tq, Tensor tk, Tensor tv, Tensor o, Tensor lse) -> ()                                      on CUDA alone
+//                    Tensor tq, Tensor tk, Tensor tv, Tensor o, Tensor row_stats) -> ()                                on CUDA alone
 // attention_varlen_(Tensor(a!) o, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q,
 //                   bool causal, float scale) -> ()
-// Everything of full shape, but for dbias: what is broadcast has stride 0. Not empty.
+// Everything of full shape, but for dbias: what is broadcast has stride 0. row_stats: (B, H, N, 2), RowStats of each query. Not empty.
 #include "../../core/tensor.h"
 #include "params.h"
 
@@ -33,8 +34,15 @@ float* per_query(const Tensor& t, const char* name, const AttentionParams& p, co
   return static_cast<float*>(t.data_ptr());
 }
 
-AttentionParams params_of(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
-                          const std::optional<Tensor>& bias, const std::optional<Tensor>& mask, bool causal, double scale) {
+RowStats* stats_of(const Tensor& t, const AttentionParams& p, const Tensor& like) {
+  check(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == 2 * p.batch * p.heads * p.n,
+        "row_stats: supported: a contiguous float32 tensor of shape (B, H, N, 2)");
+  check_device(t, like);
+  return static_cast<RowStats*>(t.data_ptr());
+}
+
+AttentionParams params_of(const Tensor& o, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias,
+                          const std::optional<Tensor>& mask, bool causal, double scale) {
   check(q.dim() == 4 && k.dim() == 4, "q, k: got ", q.dim(), " and ", k.dim(), " dimensions, supported: 4");
   AttentionParams p{};
   p.batch = q.size(0);
@@ -56,7 +64,6 @@ AttentionParams params_of(const Tensor& o, const Tensor& lse, const Tensor& q, c
   p.k = k.data_ptr();
   p.v = v.data_ptr();
   p.o = o.data_ptr();
-  p.lse = per_query(lse, "lse", p, q);
   if (bias.has_value()) {
     p.bias_dtype = dtype_of(*bias, "bias");
     check(p.bias_dtype == DType::F32 || p.bias_dtype == p.dtype, "bias: supported: float32 or q's dtype");
@@ -71,12 +78,15 @@ AttentionParams params_of(const Tensor& o, const Tensor& lse, const Tensor& q, c
   }
   p.causal = causal;
   p.scale = static_cast<float>(scale);
+  p.unit = score_unit(p.bias, p.scale);
   return p;
 }
 
-void attention_(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias,
-                const std::optional<Tensor>& mask, bool causal, double scale) {
-  const AttentionParams p = params_of(o, lse, q, k, v, bias, mask, causal, scale);
+void attention_(const Tensor& o, const Tensor& lse, const std::optional<Tensor>& row_stats, const Tensor& q, const Tensor& k,
+                const Tensor& v, const std::optional<Tensor>& bias, const std::optional<Tensor>& mask, bool causal, double scale) {
+  AttentionParams p = params_of(o, q, k, v, bias, mask, causal, scale);
+  p.lse = per_query(lse, "lse", p, q);
+  if (row_stats.has_value()) p.row_stats = stats_of(*row_stats, p, q);
   const DeviceGuard guard(q);
   GENFAST_LAUNCH(attention, p, q);
 }
@@ -84,9 +94,10 @@ void attention_(const Tensor& o, const Tensor& lse, const Tensor& q, const Tenso
 void attention_backward_(const Tensor& dq, const Tensor& dk, const Tensor& dv, const std::optional<Tensor>& dbias, const Tensor& delta,
                          const Tensor& grad_o, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
                          const std::optional<Tensor>& bias, const std::optional<Tensor>& mask, bool causal, double scale, const Tensor& o,
-                         const Tensor& lse) {
+                         const Tensor& row_stats) {
   AttentionBackwardParams p{};
-  AttentionParams& f = p.forward = params_of(o, lse, q, k, v, bias, mask, causal, scale);
+  AttentionParams& f = p.forward = params_of(o, q, k, v, bias, mask, causal, scale);
+  f.row_stats = stats_of(row_stats, f, q);
   p.grad_o_at = rows_of(grad_o, "grad_o", q, f.heads, f.n, f.d);
   p.dq_at = rows_of(dq, "dq", q, f.heads, f.n, f.d);
   p.dk_at = rows_of(dk, "dk", q, f.kv_heads, f.m, f.d);
@@ -119,9 +130,10 @@ void attention_backward_(const Tensor& dq, const Tensor& dk, const Tensor& dv, c
 #if !defined(GENFAST_BACKEND_CPU)
 void attention_tangent_(const Tensor& to, const Tensor& tlse, const Tensor& q, const Tensor& k, const Tensor& v,
                         const std::optional<Tensor>& bias, const std::optional<Tensor>& mask, bool causal, double scale, const Tensor& tq,
-                        const Tensor& tk, const Tensor& tv, const Tensor& o, const Tensor& lse) {
+                        const Tensor& tk, const Tensor& tv, const Tensor& o, const Tensor& row_stats) {
   AttentionTangentParams p{};
-  const AttentionParams& f = p.forward = params_of(o, lse, q, k, v, bias, mask, causal, scale);
+  AttentionParams& f = p.forward = params_of(o, q, k, v, bias, mask, causal, scale);
+  f.row_stats = stats_of(row_stats, f, q);
   p.to_at = rows_of(to, "to", q, f.heads, f.n, f.d);
   p.tq_at = rows_of(tq, "tq", q, f.heads, f.n, f.d);
   p.tk_at = rows_of(tk, "tk", q, f.kv_heads, f.m, f.d);
@@ -190,6 +202,7 @@ void attention_varlen_(const Tensor& o, const Tensor& lse, const Tensor& q, cons
   p.k_starts = cu_seqlens_k.data_ptr();
   p.causal = causal;
   p.scale = static_cast<float>(scale);
+  p.unit = score_unit(p.bias, p.scale);
   const DeviceGuard guard(q);
   GENFAST_LAUNCH(attention, p, q);
 }

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads) forward_fma_kernel(const __grid_cons
   const QueryBlock at = p.q_starts ? query_block<true>(p, kRows) : query_block(p, kRows);
   if (at.rows <= 0) return;
   const int64_t end = visible_keys(p, at);
-  const float factor = p.scale * kLog2e;
+  const ScoreUnit& unit = p.unit;
 
   const auto load = [&](float* to, const void* data, const AttentionRows& strides, int64_t head, int64_t first, int64_t rows) {
     visit_dtype(p.dtype, [&]<class S>(S) {
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) forward_fma_kernel(const __grid_cons
   };
   load(queries, p.q, p.q_at, at.head, at.before_q + at.first, at.rows);
 
-  float out[kWidth / kLanes] = {}, most = kMinusInfinity, sum = 0.0f;
+  float out[kWidth / kLanes] = {}, row_max = kMinusInfinity, row_sum = 0.0f;
 #pragma unroll 1
   for (int64_t key = 0; key < end; key += kKeys) {
     __syncthreads();  // the last tile's values are used
@@ -62,7 +62,6 @@ __global__ void __launch_bounds__(kThreads) forward_fma_kernel(const __grid_cons
 #pragma unroll
     for (int j = 0; j < kKeys / kLanes; ++j) {
       float beyond = 0.0f;
-      score[j] *= factor;
       RowTerms one = terms;  // this key alone, not its neighbour
       const int mine = j * kLanes + lane;
       one.visible = terms.visible < mine + 1 ? terms.visible : mine + 1;
@@ -75,20 +74,22 @@ __global__ void __launch_bounds__(kThreads) forward_fma_kernel(const __grid_cons
     }
 #pragma unroll
     for (int bits = 1; bits < kLanes; bits *= 2) here = fmaxf(here, __shfl_xor_sync(~0u, here, bits));
-    const float now = fmaxf(most, here), shift = now == kMinusInfinity ? 0.0f : now, shrink = exp2f(most - shift);
-    most = now;
-    sum *= shrink;
+    const float now = fmaxf(row_max, here), shift = now == kMinusInfinity ? 0.0f : now,
+                rescale = rescale_of(p.bias, unit.exponent, row_max, shift);
+    const Power power = power_of(p.bias, unit.exponent, shift);
+    row_max = now;
+    row_sum *= rescale;
 #pragma unroll
     for (int j = 0; j < kKeys / kLanes; ++j) {
-      const float weight = exp2f(score[j] - shift);
-      sum += weight;
+      const float weight = exp2f(fmaf(p.bias ? (score[j] - shift) * unit.exponent : score[j], power.factor, -power.shift));
+      row_sum += weight;
       weights[row * kWeightPitch + j * kLanes + lane] = weight;
     }
     __syncthreads();  // the keys are used; the weights are there
     load(block, p.v, p.v_at, at.kv_head, at.before_k + key, at.m - key);
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < kWidth / kLanes; ++i) out[i] *= shrink;
+    for (int i = 0; i < kWidth / kLanes; ++i) out[i] *= rescale;
     for (int j = 0; j < kKeys; ++j) {
       const float weight = weights[row * kWeightPitch + j];
 #pragma unroll
@@ -100,11 +101,11 @@ __global__ void __launch_bounds__(kThreads) forward_fma_kernel(const __grid_cons
   }
 
 #pragma unroll
-  for (int bits = 1; bits < kLanes; bits *= 2) sum += __shfl_xor_sync(~0u, sum, bits);
+  for (int bits = 1; bits < kLanes; bits *= 2) row_sum += __shfl_xor_sync(~0u, row_sum, bits);
   if (row >= at.rows) return;
   const int64_t n = at.first + row;
-  if (lane == 0) p.lse[p.q_starts ? lse_at<true>(p, at, n) : lse_at(p, at, n)] = sum == 0.0f ? kMinusInfinity : fmaf(most, kLn2, logf(sum));
-  const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+  if (lane == 0) store_row_stats(p, p.q_starts ? lse_at<true>(p, at, n) : lse_at(p, at, n), row_max, row_sum);
+  const float inverse = row_sum == 0.0f ? 0.0f : 1.0f / row_sum;
   visit_dtype(p.dtype, [&]<class S>(S) {
     S* o = row_at(static_cast<S*>(p.o), p.o_at, at.batch, at.head, at.before_q + n);
 #pragma unroll

@@ -68,9 +68,10 @@ __device__ __forceinline__ void load_fma_rows(float* to, DType dtype, const void
 __device__ __forceinline__ float finish_score(const AttentionParams& p, int batch, int head, int64_t query, int64_t key, float x) {
   if (query >= p.n || key >= p.m || (p.causal && key > query + p.m - p.n)) return kMinusInfinity;
   if (p.mask && !row_at(p.mask, p.mask_at, batch, head, query)[key]) return kMinusInfinity;
-  if (!p.bias) return x;
+  const float factor = p.unit.factor;
+  if (!p.bias) return x * factor;
   const auto bias = [&]<class S>(S) { return widen(row_at(static_cast<const S*>(p.bias), p.bias_at, batch, head, query)[key]); };
-  return fmaf(p.bias_dtype == DType::F32 ? bias(0.0f) : p.bias_dtype == DType::F16 ? bias(Float16{}) : bias(BFloat16{}), kLog2e, x);
+  return fmaf(x, factor, p.bias_dtype == DType::F32 ? bias(0.0f) : p.bias_dtype == DType::F16 ? bias(Float16{}) : bias(BFloat16{}));
 }
 
 __device__ __forceinline__ float dot(const float* a, const float* b, int d) {
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_fma_kernel(const __grid_
   float* const slopes = weights + kRows * kPitch;
   const int row = static_cast<int>(threadIdx.x) / kLanes, lane = static_cast<int>(threadIdx.x) % kLanes;
   const GradientBlock at = gradient_block<kPass>(f, kRows, kRows, static_cast<int>(blockIdx.x));
-  const float factor = f.scale * kLog2e;
+  const float exponent = f.unit.exponent;
   const auto load = [&](float* to, const void* data, const AttentionRows& strides, int head, int64_t first, int64_t rows) {
     load_fma_rows<kRows>(to, f.dtype, data, strides, at.batch, head, first, rows, d);
   };
@@ -117,8 +118,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_fma_kernel(const __grid_
       const int64_t query = kOwnsKeys ? begin + column : at.first + row, key = kOwnsKeys ? at.first + row : begin + column;
       const int query_head = kOwnsKeys ? head : at.head;
       const QueryNumbers numbers = query_numbers(p, at.batch, query_head, query);
-      const float score = dot(own1 + row * pitch, walked1 + column * pitch, d) * factor;
-      const float weight = exp2f(finish_score(f, at.batch, query_head, query, key, score) - numbers.shift);
+      const float score = finish_score(f, at.batch, query_head, query, key, dot(own1 + row * pitch, walked1 + column * pitch, d));
+      const float weight = exp2f(fmaf(score - numbers.row_max, exponent, -numbers.log_sum));
       weights[row * kPitch + column] = weight;
       slopes[row * kPitch + column] = weight * (dot(own2 + row * pitch, walked2 + column * pitch, d) - numbers.delta);
     }
@@ -179,8 +180,9 @@ __global__ void __launch_bounds__(kThreads, 2) bias_fma_kernel(const __grid_cons
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int column = i * kLanes + lane;
-      const float score = dot(queries + row * pitch, keys + column * pitch, d) * (f.scale * kLog2e);
-      const float weight = exp2f(finish_score(f, at.batch, at.head, at.first + row, tile.key + column, score) - numbers.shift);
+      const float product = dot(queries + row * pitch, keys + column * pitch, d);
+      const float score = finish_score(f, at.batch, at.head, at.first + row, tile.key + column, product);
+      const float weight = exp2f(fmaf(score - numbers.row_max, f.unit.exponent, -numbers.log_sum));
       sum[i] = fmaf(weight, dot(grads + row * pitch, values + column * pitch, d) - numbers.delta, sum[i]);
     }
   }

@@ -133,31 +133,38 @@ __global__ void __launch_bounds__(backward_tile(kPass, kWidth, kFew).threads(), 
     float score[kRowTiles][kColumnTiles][4] = {};
     multiply<S, kWidth>(score, lane_rows<kWidth>(my1, lane), lane_columns<kWidth>(my_walked1, lane), d);
 
-    // Weights and slopes. Scores, in powers of two, that need nothing but a factor get it on their way into the exponential.
-    const float factor = f.scale * kLog2e;
+    // Weights and slopes.
     const int columns = opaque(static_cast<int>(threadIdx.x)) % 4 * 2;
     if constexpr (kOwnsKeys) {
-      const bool finish = f.bias || f.mask || (f.causal && at.first + kRows - 1 > row + f.m - f.n);
-      const float late = finish ? 1.0f : factor;
+      const bool finish = f.bias || f.mask || f.unit.factor != 1.0f || (f.causal && at.first + kRows - 1 > row + f.m - f.n);
+      if (finish) {
 #pragma unroll
-      for (int r = 0; r < 2 * kRowTiles; ++r) {
-        KeyTerms terms{};
-        if (finish) terms = key_terms(f, at.batch, walked_head(step), row, at.first + my_row() + 8 * r);
+        for (int r = 0; r < 2 * kRowTiles; ++r) {
+          const int first = opaque(columns);  // so that no row's offsets are kept for the next
+          const KeyTerms terms = key_terms(f, at.batch, walked_head(step), row, at.first + my_row() + 8 * r);
 #pragma unroll
-        for (int j = 0; j < kColumnTiles; ++j) {
+          for (int i = 0; i < 2 * kColumnTiles; ++i) {
+            float& x = score[r / 2][i / 2][r % 2 * 2 + i % 2];
+            x = finish_key_score<S>(f, terms, i / 2 * 8 + first + i % 2, x);
+          }
+        }
+      }
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const QueryNumbers query = numbers[walked_part + 8 * j + columns + e];
-            float& x = score[r / 2][j][r % 2 * 2 + e];
-            if (finish) x = finish_key_score<S>(f, terms, 8 * j + columns + e, x * factor);
-            x = exp2_fast(fmaf(x, late, -query.shift));
-            if constexpr (kSlopes) slope[r / 2][j][r % 2 * 2 + e] = x * (slope[r / 2][j][r % 2 * 2 + e] - query.delta);
+      for (int i = 0; i < 2 * kColumnTiles; ++i) {  // query by query, so that no more than one's numbers take registers
+        const QueryNumbers query = numbers[walked_part + columns + i / 2 * 8 + i % 2];
+#pragma unroll
+        for (int r = 0; r < 2 * kRowTiles; ++r) {
+          float& x = score[r / 2][i / 2][r % 2 * 2 + i % 2];
+          x = weight_of(x, query.row_max, query.log_sum, f.unit.exponent);
+          if constexpr (kSlopes) {
+            float& slope_of_x = slope[r / 2][i / 2][r % 2 * 2 + i % 2];
+            slope_of_x = x * (slope_of_x - query.delta);
           }
         }
       }
     } else {
-      const bool finish = f.bias || f.mask || row + kTile.walked > f.m || (f.causal && row + kTile.walked > at.first + f.m - f.n + 1);
-      const float late = finish ? 1.0f : factor;
+      const bool finish = f.bias || f.mask || f.unit.factor != 1.0f || row + kTile.walked > f.m ||
+                          (f.causal && row + kTile.walked > at.first + f.m - f.n + 1);
       const QueryBlock queries{at.batch, at.head, at.walked_head, at.rows, at.first, f.n, f.m, 0, 0};
 #pragma unroll
       for (int r = 0; r < 2 * kRowTiles; ++r) {
@@ -167,14 +174,10 @@ __global__ void __launch_bounds__(backward_tile(kPass, kWidth, kFew).threads(), 
 #pragma unroll
         for (int j = 0; j < kColumnTiles; ++j) {
           float &x = score[r / 2][j][r % 2 * 2], &y = score[r / 2][j][r % 2 * 2 + 1];
-          if (finish) {
-            x *= factor;
-            y *= factor;
-            finish_scores<S>(f, wide, terms, 8 * j + columns, x, y);
-          }
+          if (finish) finish_scores<S>(f, wide, terms, 8 * j + columns, x, y);
           float &dx = slope[r / 2][j][r % 2 * 2], &dy = slope[r / 2][j][r % 2 * 2 + 1];
-          dx = exp2_fast(fmaf(x, late, -query.shift)) * (dx - query.delta);
-          dy = exp2_fast(fmaf(y, late, -query.shift)) * (dy - query.delta);
+          dx = weight_of(x, query.row_max, query.log_sum, f.unit.exponent) * (dx - query.delta);
+          dy = weight_of(y, query.row_max, query.log_sum, f.unit.exponent) * (dy - query.delta);
         }
       }
     }
@@ -237,7 +240,6 @@ __global__ void __launch_bounds__(kBiasThreads, 2)
   S* const values = keys + kKeys * kPitch;
   const AttentionParams& f = p.forward;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, d = static_cast<int>(f.d);
-  const float factor = f.scale * kLog2e;
   const BiasBlock block = bias_block(p, kBiasQueries, kKeys);
   const auto next = [&](int step) { return next_bias_step(f, block, step, kBiasQueries, kKeys); };
   const auto load = [&](S* rows, const void* of_queries, const AttentionRows& queries_at, S* columns, const void* of_keys,
@@ -273,10 +275,12 @@ __global__ void __launch_bounds__(kBiasThreads, 2)
       const QueryNumbers query = query_numbers(p, tile.at.batch, tile.at.head, tile.at.first + my_row + 8 * half);
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j) {
-        float x = score[0][j][2 * half] * factor, y = score[0][j][2 * half + 1] * factor;
+        float x = score[0][j][2 * half], y = score[0][j][2 * half + 1];
         finish_scores<S>(f, wide, terms, 8 * j + columns, x, y);
-        sum[j][2 * half] = fmaf(exp2_fast(x - query.shift), slope[0][j][2 * half] - query.delta, sum[j][2 * half]);
-        sum[j][2 * half + 1] = fmaf(exp2_fast(y - query.shift), slope[0][j][2 * half + 1] - query.delta, sum[j][2 * half + 1]);
+        x = weight_of(x, query.row_max, query.log_sum, f.unit.exponent);
+        y = weight_of(y, query.row_max, query.log_sum, f.unit.exponent);
+        sum[j][2 * half] = fmaf(x, slope[0][j][2 * half] - query.delta, sum[j][2 * half]);
+        sum[j][2 * half + 1] = fmaf(y, slope[0][j][2 * half + 1] - query.delta, sum[j][2 * half + 1]);
       }
     }
   }

@@ -1,4 +1,4 @@
-// The backward pass on a CPU, compiled once per instruction set: P = exp(S - lse) is made again, block by block, and
+// The backward pass on a CPU, compiled once per instruction set: P = exp(S - row_max) / row_sum is made again, block by block, and
 //   D = sum(do o) - dlse    dS = P (do v^T - D)    dq = scale dS k    dk = scale dS^T q    dv = P^T do    dbias = dS
 // (Dao et al. 2022, appendix B.2). The sums over queries are kept transposed, (d, keys): so P and dS are read as they were made.
 #pragma once
@@ -32,7 +32,8 @@ struct BackwardBlock {
   Operand *q_across, *o_across;  // queries and gradient of the output in the form of Engine::columns
   Operand *k, *v, *k_rows;       // a block of keys, packed
   float* dq;                     // (rows, width)
-  float *lse, *delta;            // (rows); -lse in powers of two
+  float *row_max, *log_sum;      // (rows); log_sum: logarithm of row_sum to base 2
+  float* delta;                  // (rows)
   float* key_sums;               // of a head, where nothing but this thread adds to them
   typename Engine::Weights weights;
   char* end;
@@ -47,7 +48,8 @@ struct BackwardBlock {
         v(take<Operand>(at, Engine::kKeys * Engine::depth(p.d))),
         k_rows(take<Operand>(at, Engine::kKeys * Engine::width(p.d))),
         dq(take<float>(at, rows * Engine::width(p.d))),
-        lse(take<float>(at, rows)),
+        row_max(take<float>(at, rows)),
+        log_sum(take<float>(at, rows)),
         delta(take<float>(at, rows)),
         key_sums(take<float>(at, plan.splits == 1 ? key_sums_of<Engine>(p) : 0)),
         weights(at),
@@ -61,10 +63,12 @@ struct Step {
 
 // Scores and slopes do v^T of `count` rows from `row` of a step become weights and their gradients. Rows beyond the step's become zeros.
 template <class Engine, class B, bool kBias, bool kMask>
-void weigh(const AttentionParams& p, const typename Engine::Weights& w, const Step& step, int64_t row, int64_t count, const float* lse,
-           const float* delta, bool keep) {
+void weigh(const AttentionParams& p, const BackwardBlock<Engine>& at, const Step& step, int64_t block, int64_t row, int64_t count,
+           bool keep) {
+  const typename Engine::Weights& w = at.weights;
+  const float *row_max = at.row_max + block, *log_sum = at.log_sum + block, *delta = at.delta + block;
   const VInt lanes = lane_numbers();
-  const VFloat factor = splat(p.scale * kLog2e);
+  const ScoreUnit& unit = p.unit;
   for (int64_t r = row; r < row + count; r += 2) {
     const B* bias[2] = {};
     const uint8_t* mask[2] = {};
@@ -93,8 +97,13 @@ void weigh(const AttentionParams& p, const typename Engine::Weights& w, const St
     for (int64_t j = 0; j < step.keys; j += kLanes) {
       VFloat weight[2], ds[2];
       unroll<2>([&]<int u>() {
-        VFloat x = fma_lanes(load<float>(scores + u * Engine::kKeys + j), factor, splat(lse[r + u]));
-        if (kBias && there) x = fma_lanes(load_first(bias[u] + j, step.keys - j), splat(kLog2e), x);
+        VFloat x = load<float>(scores + u * Engine::kKeys + j);
+        if constexpr (kBias) {
+          x = fma_lanes(x, splat(unit.factor), there ? load_first(bias[u] + j, step.keys - j) : VFloat{}) - row_max[r + u];
+        } else {
+          x = fma_lanes(x, splat(unit.factor), splat(-row_max[r + u]));
+        }
+        x = fma_lanes(x, splat(unit.exponent), splat(-log_sum[r + u]));
         if (kMask && there) x = where_seen(mask[u] + j, step.keys - j, x);
         weight[u] = exp2_lanes<Engine::kShortExp>(x);
         if (j + kLanes > visible[u]) weight[u] = (lanes < static_cast<int>(visible[u] - j)) ? weight[u] : VFloat{};
@@ -157,8 +166,8 @@ void run_step(const AttentionBackwardParams& params, const AttentionBackwardPlan
     Engine::score(at.q + (block + r) * depth, at.k, w.scores(r), Engine::kKeys, count, keys, depth);
     Engine::score(at.grad_o + (block + r) * depth, at.v, w.slopes(r), Engine::kKeys, count, keys, depth);
     const auto run = [&]<class B, bool kBias>() {
-      p.mask ? weigh<Engine, B, kBias, true>(p, w, step, r, count, at.lse + block, at.delta + block, params.dbias)
-             : weigh<Engine, B, kBias, false>(p, w, step, r, count, at.lse + block, at.delta + block, params.dbias);
+      p.mask ? weigh<Engine, B, kBias, true>(p, at, step, block, r, count, params.dbias)
+             : weigh<Engine, B, kBias, false>(p, at, step, block, r, count, params.dbias);
     };
     if (!p.bias) {
       run.template operator()<float, false>();
@@ -190,21 +199,25 @@ void run_chunk(const AttentionBackwardParams& params, const AttentionBackwardPla
     return static_cast<const T*>(t) + batch * where.batch + head * where.head + i * where.row;
   };
   const T *q = row(p.q, p.q_at, first), *grad_o = row(params.grad_o, params.grad_o_at, first);
-  Engine::load_queries(at.q, q, p.q_at.row, rows, rows_padded, p.d, 1.0f);
-  Engine::load_queries(at.grad_o, grad_o, params.grad_o_at.row, rows, rows_padded, p.d, 1.0f);
+  Engine::load_queries(at.q, q, p.q_at.row, rows, rows_padded, p.d);
+  Engine::load_queries(at.grad_o, grad_o, params.grad_o_at.row, rows, rows_padded, p.d);
   Engine::load_columns(at.q_across, q, p.q_at.row, rows, rows_padded, p.d);
   Engine::load_columns(at.o_across, grad_o, params.grad_o_at.row, rows, rows_padded, p.d);
   __builtin_memset(at.dq, 0, static_cast<size_t>(rows_padded * width) * sizeof(float));
   const int64_t row_0 = (batch * p.heads + head) * p.n + first;
   for (int64_t r = 0; r < rows_padded; ++r) {
-    at.lse[r] = at.delta[r] = 0;
+    at.row_max[r] = at.log_sum[r] = at.delta[r] = 0;
     if (r >= rows) continue;
     const T *o = row(p.o, p.o_at, first + r), *g = grad_o + r * params.grad_o_at.row;
     VFloat sum{};
     for (int64_t c = 0; c < p.d; c += kLanes) sum = fma_lanes(load_first(g + c, p.d - c), load_first(o + c, p.d - c), sum);
-    const float lse = p.lse[row_0 + r];
-    at.lse[r] = lse == kMinusInfinity ? 0.0f : -lse * kLog2e;
-    at.delta[r] = params.delta[row_0 + r] = params.grad_lse ? total(sum) - params.grad_lse[row_0 + r] : total(sum);
+    const RowStats stats = p.row_stats[row_0 + r];
+    at.row_max[r] = stats.row_max;
+    at.log_sum[r] = stats.log_sum;
+    if (stats.log_sum != -kMinusInfinity) {  // else the query sees nothing: the gradients of its scores are 0, whatever comes in
+      at.delta[r] = params.grad_lse ? total(sum) - params.grad_lse[row_0 + r] : total(sum);
+    }
+    params.delta[row_0 + r] = at.delta[r];
   }
 
   const int64_t kv_head = head / (p.heads / p.kv_heads), offset = p.m - p.n;

@@ -27,10 +27,10 @@ constexpr HopperBackwardTile hopper_backward_tile(Pass pass, int width) {
   return width > 64 ? HopperBackwardTile{64, 4} : HopperBackwardTile{96, 4};
 }
 
-// Own rows, ring, two numbers of each walked query, barriers, and what it takes to begin at a multiple of 1024.
+// Own rows, ring, three numbers of each walked query, barriers, and what it takes to begin at a multiple of 1024.
 constexpr int hopper_backward_shared_bytes(Pass pass, int width) {
   const HopperBackwardTile tile = hopper_backward_tile(pass, width);
-  const int numbers = owns_keys(pass) ? tile.slots * tile.walked * 8 : 0;
+  const int numbers = owns_keys(pass) ? tile.slots * tile.walked * 12 : 0;
   return 2 * kGradientRows * width * 2 + tile.slots * 2 * tile.walked * width * 2 + numbers + (2 * tile.slots + 1) * 8 + 1024;
 }
 
@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   unsigned char* const own1 = memory + (0u - shared_address(memory)) % 1024;               // later the gradient
   unsigned char* const own2 = own1 + kOwnBytes;                                            // later that of the values
   unsigned char* const ring = own2 + kOwnBytes;                                            // a slot: walked1, walked2
-  float* const numbers = reinterpret_cast<float*>(ring + kTile.slots * 2 * kWalkedBytes);  // of a slot's queries: shifts, then deltas
-  uint64_t* const full = reinterpret_cast<uint64_t*>(numbers + (kOwnsKeys ? kTile.slots * 2 * kWalked : 0));  // a slot has landed
+  float* const numbers = reinterpret_cast<float*>(ring + kTile.slots * 2 * kWalkedBytes);  // of a slot's queries: row_max, log_sum, delta
+  uint64_t* const full = reinterpret_cast<uint64_t*>(numbers + (kOwnsKeys ? kTile.slots * 3 * kWalked : 0));  // a slot has landed
   uint64_t* const empty = full + kTile.slots;                                                                 // each warp has used it
   uint64_t* const own_full = empty + kTile.slots;
 
@@ -107,10 +107,11 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
 #pragma unroll 1
         for (int tile = 0; tile < at.tiles; ++tile, place = place.next()) {
           const QueryNumbers query = query_numbers(p, at.batch, head, at.begin + tile * kWalked + mine);
-          float* const shifts = numbers + place.slot * 2 * kWalked;
+          float* const to = numbers + place.slot * 3 * kWalked + mine;
           mbarrier_wait(empty + place.slot, place.parity ^ 1);
-          shifts[mine] = query.shift;
-          shifts[kWalked + mine] = query.delta;
+          to[0] = query.row_max;
+          to[kWalked] = query.log_sum;
+          to[2 * kWalked] = query.delta;
           __syncwarp();
           if (mine % 32 == 0) mbarrier_arrive(full + place.slot);
         }
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     registers_up_to<kGradientRegisters>();
     const int group = role - 1, thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, t = lane % 4;
     const int row = 64 * group + thread / 32 * 16 + lane / 4;  // and row + 8
-    const float factor = f.scale * kLog2e;                     // scores in powers of two; positive: hopper_backward_can()
+    const float exponent = f.unit.exponent;                    // products are scores: no bias and a positive scale, hopper_backward_can()
     const uint64_t from_own1 = matrix_descriptor<kRow>(shared_address(own1) + group * 64 * kRow, 8 * kRow, 0);
     const uint64_t from_own2 = matrix_descriptor<kRow>(shared_address(own2) + group * 64 * kRow, 8 * kRow, 0);
     const uint64_t along_walked = matrix_descriptor<kRow>(shared_address(ring), 8 * kRow, 0);
@@ -183,7 +184,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
       wgmma_wait<1>();
       pinned(score);
       // Pairs of this thread's columns: 8 j + 2 t and the next.
-      const float* const shifts = numbers + place.slot * 2 * kWalked + 2 * t;
+      const float* const of_queries = numbers + place.slot * 3 * kWalked + 2 * t;
       if constexpr (kOwnsKeys) {
         const int sees = at.first + static_cast<int>(f.n - f.m) - first;  // the first of these queries that sees the block's first key
         if (f.causal && sees + 64 * group + 63 > 0) {
@@ -203,12 +204,16 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
       }
 #pragma unroll
       for (int j = 0; j < kWalked / 8; ++j) {
-        Vec<float, 2> shift;
-        if constexpr (kOwnsKeys) shift = *reinterpret_cast<const Vec<float, 2>*>(shifts + 8 * j);
+        Vec<float, 2> row_max, log_sum;
+        if constexpr (kOwnsKeys) {
+          row_max = *reinterpret_cast<const Vec<float, 2>*>(of_queries + 8 * j);
+          log_sum = *reinterpret_cast<const Vec<float, 2>*>(of_queries + kWalked + 8 * j);
+        }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float& x = score[4 * j + i];
-          x = exp2_fast(fmaf(x, factor, -(kOwnsKeys ? element(shift, i % 2) : mine[i / 2].shift)));
+          x = kOwnsKeys ? weight_of(x, element(row_max, i % 2), element(log_sum, i % 2), exponent)
+                        : weight_of(x, mine[i / 2].row_max, mine[i / 2].log_sum, exponent);
         }
       }
       if constexpr (kValues) {
@@ -223,7 +228,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
 #pragma unroll
       for (int j = 0; j < kWalked / 8; ++j) {
         Vec<float, 2> delta;
-        if constexpr (kOwnsKeys) delta = *reinterpret_cast<const Vec<float, 2>*>(shifts + kWalked + 8 * j);
+        if constexpr (kOwnsKeys) delta = *reinterpret_cast<const Vec<float, 2>*>(of_queries + 2 * kWalked + 8 * j);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           score[4 * j + i] *= slope[4 * j + i] - (kOwnsKeys ? element(delta, i % 2) : mine[i / 2].delta);

@@ -1,5 +1,5 @@
 // What the backward kernels share: which rows a block owns and which it walks over, what a query needs to know of itself, and the tiles of
-// a bias's gradient. With P = exp(S - lse) and delta = sum(do o) - dlse (Dao et al. 2022, appendix B.2):
+// a bias's gradient. With P = exp(S - row_max) / row_sum and delta = sum(do o) - dlse (Dao et al. 2022, appendix B.2):
 //   dS = P (do v^T - delta)     dq = scale dS k     dk = scale dS^T q     dv = P^T do     dbias = dS, summed where the bias is broadcast
 #pragma once
 #include "attention_tile.cuh"
@@ -73,16 +73,18 @@ unsigned gradient_grid(const AttentionParams& p, int rows) {
   return static_cast<unsigned>(blocks);
 }
 
-// What its weights and slopes need to know of a query: the log-sum-exp in powers of two, infinite where all its weights are 0 (there is no
-// such query, or it sees nothing), and delta.
-struct alignas(8) QueryNumbers {
-  float shift, delta;
+// What its weights and slopes need to know of a query: RowStats, those of a row that sees nothing where there is no such query, and delta.
+struct QueryNumbers {
+  float row_max, log_sum, delta;
 };
 __device__ __forceinline__ QueryNumbers query_numbers(const AttentionBackwardParams& p, int batch, int head, int64_t query) {
   const AttentionParams& f = p.forward;
-  if (query >= f.n) return {-kMinusInfinity, 0.0f};
   const int64_t at = (batch * f.heads + head) * f.n + query;
-  return {f.lse[at] == kMinusInfinity ? -kMinusInfinity : f.lse[at] * kLog2e, p.delta[at]};
+  const RowStats stats = query < f.n ? f.row_stats[at] : RowStats{0.0f, -kMinusInfinity};
+  return {stats.row_max, stats.log_sum, stats.log_sum == -kMinusInfinity ? 0.0f : p.delta[at]};
+}
+__device__ __forceinline__ float weight_of(float score, float row_max, float log_sum, float exponent) {
+  return exp2_fast(fmaf(score - row_max, exponent, -log_sum));
 }
 
 // One key's bias and mask from query `first_query` of a head on; queries begin ... end - 1 from there see it.
@@ -106,10 +108,11 @@ template <class S>
 __device__ __forceinline__ float finish_key_score(const AttentionParams& p, const KeyTerms& terms, int query, float x) {
   if (query < terms.begin || query >= terms.end) return kMinusInfinity;
   if (p.mask && !terms.mask[query * p.mask_at.row]) return kMinusInfinity;
-  if (!p.bias) return x;
+  const float factor = p.unit.factor;
+  if (!p.bias) return x * factor;
   const int64_t at = query * p.bias_at.row;
-  return fmaf(p.bias_dtype == DType::F32 ? static_cast<const float*>(terms.bias)[at] : widen(static_cast<const S*>(terms.bias)[at]), kLog2e,
-              x);
+  return fmaf(x, factor,
+              p.bias_dtype == DType::F32 ? static_cast<const float*>(terms.bias)[at] : widen(static_cast<const S*>(terms.bias)[at]));
 }
 
 // ---- the gradient of a bias --------------------------------------------------------------------------------------------------------

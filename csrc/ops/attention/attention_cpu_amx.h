@@ -91,7 +91,6 @@ void products(const BFloat16* a, int64_t a_row, int64_t a_step, const BFloat16* 
 struct AmxEngine {
   using Operand = BFloat16;
   static constexpr int kQueries = kAmxQueries;
-  static constexpr bool kScaled = false;   // scaled queries would be rounded once more
   static constexpr bool kShortExp = true;  // the weights are rounded to bfloat16
   static constexpr int kRows = 16;
   static constexpr int kKeyGroup = 16;
@@ -104,7 +103,7 @@ struct AmxEngine {
     if (written % 32) store_raw(p + written, VHalves{});
   }
 
-  static void load_queries(BFloat16* to, const BFloat16* q, int64_t stride, int64_t rows, int64_t rows_padded, int64_t d, float) {
+  static void load_queries(BFloat16* to, const BFloat16* q, int64_t stride, int64_t rows, int64_t rows_padded, int64_t d) {
     const int64_t padded = depth(d);
     __builtin_memset(to, 0, static_cast<size_t>(rows_padded * padded) * sizeof(BFloat16));
     for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(to + r * padded, q + r * stride, static_cast<size_t>(d) * sizeof(BFloat16));
@@ -171,10 +170,11 @@ struct AmxEngine {
     float* slopes(int64_t row) const { return step_slopes + row % kStepRows * kKeys; }
     GF_INLINE void store_pair(int64_t row, int64_t key, VFloat p0, VFloat p1, VFloat ds0, VFloat ds1) const {
       const int64_t at = row / 32 * 32 * kKeys + key / 16 * kTileElements + row % 32 * 16;
-      store_raw(p + at, interleaved(p0, p1));
-      store_raw(ds + at, interleaved(ds0, ds1));
-      store_weight(ds_rows + row * kKeys + key, ds0);
-      store_weight(ds_rows + (row + 1) * kKeys + key, ds1);
+      const __m512i rows = rounded(ds0, ds1);
+      store_raw(p + at, interleaved(rounded(p0, p1)));
+      store_raw(ds + at, interleaved(rows));
+      store_raw(ds_rows + row * kKeys + key, _mm512_castsi512_si256(rows));
+      store_raw(ds_rows + (row + 1) * kKeys + key, _mm512_extracti64x4_epi64(rows, 1));
     }
     void clear_pair(int64_t row, int64_t keys) const {
       clear_weights(ds_rows + row * kKeys, keys);
@@ -182,8 +182,13 @@ struct AmxEngine {
     }
   };
 
-  static GF_INLINE VUInt interleaved(VFloat a, VFloat b) {
-    return widen_halves((VHalves)_mm512_cvtneps_pbh((__m512)a)) | widen_halves((VHalves)_mm512_cvtneps_pbh((__m512)b)) << 16;
+  // a, then b, in bfloat16.
+  static GF_INLINE __m512i rounded(VFloat a, VFloat b) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
+  // Element by element of the two.
+  static GF_INLINE __m512i interleaved(__m512i both) {
+    VUInt order;
+    for (int i = 0; i < 16; ++i) order[i] = static_cast<uint32_t>(i) | static_cast<uint32_t>(i + 16) << 16;
+    return _mm512_permutexvar_epi16((__m512i)order, both);
   }
 
   // (rows / 32, height, 32)

@@ -8,7 +8,6 @@ namespace {
 struct FmaEngine {
   using Operand = float;
   static constexpr int kQueries = kFmaQueries;
-  static constexpr bool kScaled = true;  // queries carry the scale
   static constexpr bool kShortExp = false;
   static constexpr int kRows = 2;  // rows are padded to a multiple of it
   static constexpr int kKeyGroup = kLanes;
@@ -42,11 +41,11 @@ struct FmaEngine {
   }
 
   template <class T>
-  static void load_queries(float* to, const T* q, int64_t stride, int64_t rows, int64_t rows_padded, int64_t d, float scale) {
+  static void load_queries(float* to, const T* q, int64_t stride, int64_t rows, int64_t rows_padded, int64_t d) {
     const int64_t padded = depth(d);
     for (int64_t r = 0; r < rows_padded; ++r) {
       for (int64_t c = 0; c < padded; c += kLanes) {
-        store_first(to + r * padded + c, r < rows ? load_first(q + r * stride + c, d - c) * scale : VFloat{}, padded - c);
+        store_first(to + r * padded + c, r < rows ? load_first(q + r * stride + c, d - c) : VFloat{}, padded - c);
       }
     }
   }

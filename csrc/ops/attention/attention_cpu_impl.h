@@ -1,4 +1,4 @@
-// The forward pass on a CPU, compiled once per instruction set: softmax online over blocks of keys (Milakov and Gimelshein 2018), so the
+// The forward pass on a CPU, compiled once per instruction set: online softmax over blocks of keys (Milakov and Gimelshein 2018), so the
 // scores of a block of queries stay in the first-level cache. An Engine says how the two products are made and in what form keys,
 // values and weights lie; the softmax between them is the same for all.
 #pragma once
@@ -36,21 +36,22 @@ struct RowTerms {
   const uint8_t* mask;
 };
 
-// Scales a block of scores of one row, adds bias, hides what the query does not see, and returns the largest.
+// Makes the products of one row with a block of keys scores: -inf where the query does not see the key. Returns the largest.
 template <class B, bool kBias, bool kMask>
-GF_INLINE float finish_scores(float* s, int64_t keys, int64_t visible, float scale, const RowTerms& terms) {
+GF_INLINE float finish_scores(float* s, int64_t keys, int64_t visible, float factor, const RowTerms& terms) {
   const VInt lanes = lane_numbers();
-  VFloat most = splat(kMinusInfinity);
+  VFloat row_max = splat(kMinusInfinity);
   for (int64_t j = 0; j < keys; j += kLanes) {
-    VFloat x = load<float>(s + j) * scale;
-    if (kBias) x = fma_lanes(load_first(static_cast<const B*>(terms.bias) + j, keys - j), splat(kLog2e), x);
+    VFloat x = load<float>(s + j);
+    if (kBias) x = fma_lanes(x, splat(factor), load_first(static_cast<const B*>(terms.bias) + j, keys - j));
+    if (!kBias && factor != 1) x = x * factor;
     if (kMask) x = where_seen(terms.mask + j, keys - j, x);
     const bool cut = j + kLanes > visible;
     if (cut) x = (lanes < static_cast<int>(visible - j)) ? x : splat(kMinusInfinity);
-    if (kBias || kMask || cut || scale != 1) store(s + j, x);
-    most = (x > most) ? x : most;
+    if (kBias || kMask || cut || factor != 1) store(s + j, x);
+    row_max = (x > row_max) ? x : row_max;
   }
-  return largest(most);
+  return largest(row_max);
 }
 
 template <class Engine, class T, class B, bool kBias, bool kMask>
@@ -58,15 +59,15 @@ void run_block(const AttentionParams& p, const Block<Engine>& at, int64_t batch,
   const int64_t rows = p.n - first_query < Engine::kQueries ? p.n - first_query : Engine::kQueries;
   const int64_t depth = Engine::depth(p.d), width = Engine::width(p.d), offset = p.m - p.n;
   const T* q = static_cast<const T*>(p.q) + batch * p.q_at.batch + head * p.q_at.head + first_query * p.q_at.row;
-  const float in_bits = p.scale * kLog2e;  // scores are kept in powers of two
+  const ScoreUnit& unit = p.unit;
   const int64_t rows_padded = round_up(rows, Engine::kRows);
-  Engine::load_queries(at.queries, q, p.q_at.row, rows, rows_padded, p.d, in_bits);
+  Engine::load_queries(at.queries, q, p.q_at.row, rows, rows_padded, p.d);
   __builtin_memset(at.out, 0, static_cast<size_t>(rows_padded * width) * sizeof(float));
-  float most[Engine::kQueries];
-  VFloat sum[Engine::kQueries];  // lane by lane
+  float row_max[Engine::kQueries];
+  VFloat row_sum[Engine::kQueries];  // lane by lane
   for (int64_t r = 0; r < Engine::kQueries; ++r) {
-    most[r] = kMinusInfinity;
-    sum[r] = VFloat{};
+    row_max[r] = kMinusInfinity;
+    row_sum[r] = VFloat{};
   }
   const int64_t seen = p.causal ? (first_query + rows + offset < p.m ? first_query + rows + offset : p.m) : p.m;
   for (int64_t key = 0; key < seen; key += kKeyBlock) {
@@ -87,45 +88,37 @@ void run_block(const AttentionParams& p, const Block<Engine>& at, int64_t batch,
       }
       int64_t visible = p.causal ? row + offset + 1 - key : keys;
       visible = visible < 0 ? 0 : visible < keys ? visible : keys;
-      // Scores that need nothing but a positive factor get it on their way into the exponential.
-      float factor = 1, here;
-      if (!kBias && !kMask && visible == keys && keys % kLanes == 0 && (Engine::kScaled || in_bits > 0)) {
-        factor = Engine::kScaled ? 1.0f : in_bits;
-        VFloat largest_lanes = load<float>(s);
-        for (int64_t j = kLanes; j < keys; j += kLanes) {
-          const VFloat x = load<float>(s + j);
-          largest_lanes = (x > largest_lanes) ? x : largest_lanes;
-        }
-        here = largest(largest_lanes) * factor;
-      } else {
-        here = finish_scores<B, kBias, kMask>(s, keys, visible, Engine::kScaled ? 1.0f : in_bits, terms);
-      }
-      const float now = here > most[r] ? here : most[r];
+      const float here = finish_scores<B, kBias, kMask>(s, keys, visible, unit.factor, terms);
+      const float now = here > row_max[r] ? here : row_max[r];
       const float shift = now == kMinusInfinity ? 0.0f : now;
       VFloat partial{};
       for (int64_t j = 0; j < keys; j += kLanes) {
-        const VFloat weight = exp2_lanes<Engine::kShortExp>(fma_lanes(load<float>(s + j), splat(factor), splat(-shift)));
+        const VFloat weight = exp2_lanes<Engine::kShortExp>(power_lanes<kBias>(load<float>(s + j), shift, unit.exponent));
         partial = partial + weight;
         Engine::store_weight(at.weights + r * kKeyBlock + j, weight);
       }
       Engine::clear_weights(at.weights + r * kKeyBlock, keys);
-      if (now != most[r]) {
-        const float shrink = most[r] == kMinusInfinity ? 0.0f : exp2_lanes(splat(most[r] - shift))[0];
-        sum[r] = sum[r] * shrink;
+      if (now != row_max[r]) {
+        const float rescale =
+            row_max[r] == kMinusInfinity ? 0.0f : exp2_lanes(splat(power_between<kBias>(row_max[r], shift, unit.exponent)))[0];
+        row_sum[r] = row_sum[r] * rescale;
         float* out = at.out + r * width;
-        for (int64_t c = 0; c < width; c += kLanes) store(out + c, load<float>(out + c) * shrink);
-        most[r] = now;
+        for (int64_t c = 0; c < width; c += kLanes) store(out + c, load<float>(out + c) * rescale);
+        row_max[r] = now;
       }
-      sum[r] = sum[r] + partial;
+      row_sum[r] = row_sum[r] + partial;
     }
     Engine::add_values(at.weights, kKeyBlock, at.values + key * width, at.out, rows_padded, keys, width);
   }
   T* o = static_cast<T*>(p.o) + batch * p.o_at.batch + head * p.o_at.head + first_query * p.o_at.row;
-  float* lse = p.lse + (batch * p.heads + head) * p.n + first_query;
+  const int64_t row_0 = (batch * p.heads + head) * p.n + first_query;
   for (int64_t r = 0; r < rows; ++r) {
-    const float all = total(sum[r]), inverse = all == 0 ? 0.0f : 1.0f / all;
+    const float all = total(row_sum[r]), inverse = all == 0 ? 0.0f : 1.0f / all;
     for (int64_t c = 0; c < p.d; c += kLanes) store_first(o + r * p.o_at.row + c, load<float>(at.out + r * width + c) * inverse, p.d - c);
-    lse[r] = all == 0 ? kMinusInfinity : most[r] * kLn2 + __builtin_logf(all);
+    const float excess = all == 0 ? 0.0f : power_excess<kBias>(row_max[r], unit.exponent);
+    const float log_sum = all == 0 ? -kMinusInfinity : __builtin_logf(all) - excess * kLn2;
+    p.lse[row_0 + r] = all == 0 ? kMinusInfinity : row_max[r] * unit.logarithm + log_sum;
+    if (p.row_stats) p.row_stats[row_0 + r] = {all == 0 ? 0.0f : row_max[r], log_sum * kLog2e};
   }
 }
 

@@ -1,4 +1,4 @@
-// The forward pass on tensor cores of sm_80 and newer (mma.sync, cp.async): softmax online over tiles of keys (Milakov and Gimelshein 2018;
+// The forward pass on tensor cores of sm_80 and newer (mma.sync, cp.async): online softmax over tiles of keys (Milakov and Gimelshein 2018;
 // Dao 2023). Each warp holds 16 or 32 query rows: their scores, weights and outputs never leave its registers.
 #pragma once
 #include "attention_mma.cuh"
@@ -80,14 +80,14 @@ __global__ void __launch_bounds__(forward_tile(kKind, kWidth).threads(), forward
     const int thread = opaque(static_cast<int>(threadIdx.x));
     return thread / 32 * kRowTiles * 16 + thread % 32 / 4;
   };
-  const float factor = p.scale * kLog2e;  // scores in powers of two
+  const ScoreUnit& unit = p.unit;
 
   float out[kRowTiles][kColumnTiles][4] = {};
-  float most[kRowTiles][2], sum[kRowTiles][2];
+  float row_max[kRowTiles][2], row_sum[kRowTiles][2];
 #pragma unroll
   for (int r = 0; r < 2 * kRowTiles; ++r) {
-    most[r / 2][r % 2] = kMinusInfinity;
-    sum[r / 2][r % 2] = 0.0f;
+    row_max[r / 2][r % 2] = kMinusInfinity;
+    row_sum[r / 2][r % 2] = 0.0f;
   }
 
 #pragma unroll 1
@@ -103,10 +103,8 @@ __global__ void __launch_bounds__(forward_tile(kKind, kWidth).threads(), forward
     __syncthreads();  // the values are there; the keys' memory is free
     if (tile + 1 < tiles) load_tile(keys, k, p.k_at.row, tile + 1);
 
-    // Scores that need nothing but a positive factor get it on their way into the exponential.
     const bool edge = key + kKeys > at.m || (p.causal && key + kKeys > at.first + at.m - at.n + 1);
-    const bool finish = p.bias || p.mask || edge || !(factor > 0.0f);
-    const float late = finish ? 1.0f : factor;
+    const bool finish = p.bias || p.mask || edge || unit.factor != 1.0f;
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
@@ -116,33 +114,38 @@ __global__ void __launch_bounds__(forward_tile(kKind, kWidth).threads(), forward
           const RowTerms terms = row_terms(p, at, my_row() + 16 * r + 8 * half, key);
 #pragma unroll
           for (int j = 0; j < kKeyTiles; ++j) {
-            float &x = score[r][j][2 * half], &y = score[r][j][2 * half + 1];
-            x *= factor;
-            y *= factor;
-            finish_scores<S>(p, wide, terms, 8 * j + columns, x, y);
+            finish_scores<S>(p, wide, terms, 8 * j + columns, score[r][j][2 * half], score[r][j][2 * half + 1]);
           }
         }
         float here = kMinusInfinity;
 #pragma unroll
         for (int j = 0; j < kKeyTiles; ++j) here = fmaxf(here, fmaxf(score[r][j][2 * half], score[r][j][2 * half + 1]));
         here = fmaxf(here, __shfl_xor_sync(~0u, here, 1));
-        here = fmaxf(here, __shfl_xor_sync(~0u, here, 2)) * late;
-        const float now = fmaxf(most[r][half], here), shift = now == kMinusInfinity ? 0.0f : now;
-        const float shrink = exp2_fast(most[r][half] - shift);
-        most[r][half] = now;
+        here = fmaxf(here, __shfl_xor_sync(~0u, here, 2));
+        const float now = fmaxf(row_max[r][half], here), shift = now == kMinusInfinity ? 0.0f : now;
+        const float rescale = rescale_of(p.bias, unit.exponent, row_max[r][half], shift);
+        const Power power = power_of(p.bias, unit.exponent, shift);
+        row_max[r][half] = now;
+        if (p.bias) {
+#pragma unroll
+          for (int j = 0; j < kKeyTiles; ++j) {
+            score[r][j][2 * half] = (score[r][j][2 * half] - shift) * unit.exponent;
+            score[r][j][2 * half + 1] = (score[r][j][2 * half + 1] - shift) * unit.exponent;
+          }
+        }
         float part = 0.0f;
 #pragma unroll
         for (int j = 0; j < kKeyTiles; ++j) {
           float &x = score[r][j][2 * half], &y = score[r][j][2 * half + 1];
-          x = exp2_fast(fmaf(x, late, -shift));
-          y = exp2_fast(fmaf(y, late, -shift));
+          x = exp2_fast(fmaf(x, power.factor, -power.shift));
+          y = exp2_fast(fmaf(y, power.factor, -power.shift));
           part += x + y;
         }
-        sum[r][half] = fmaf(sum[r][half], shrink, part);
+        row_sum[r][half] = fmaf(row_sum[r][half], rescale, part);
 #pragma unroll
         for (int j = 0; j < kColumnTiles; ++j) {
-          out[r][j][2 * half] *= shrink;
-          out[r][j][2 * half + 1] *= shrink;
+          out[r][j][2 * half] *= rescale;
+          out[r][j][2 * half + 1] *= rescale;
         }
       }
     }
@@ -153,14 +156,12 @@ __global__ void __launch_bounds__(forward_tile(kKind, kWidth).threads(), forward
   for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float all = sum[r][half];
+      float all = row_sum[r][half];
       all += __shfl_xor_sync(~0u, all, 1);
       all += __shfl_xor_sync(~0u, all, 2);
       const float inverse = all == 0.0f ? 0.0f : 1.0f / all;
       const int row = my_row() + 16 * r + 8 * half;
-      if (lane % 4 == 0 && row < at.rows) {
-        p.lse[lse_at<kPacked>(p, at, at.first + row)] = all == 0.0f ? kMinusInfinity : fmaf(most[r][half], kLn2, logf(all));
-      }
+      if (lane % 4 == 0 && row < at.rows) store_row_stats(p, lse_at<kPacked>(p, at, at.first + row), row_max[r][half], all);
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j) {
         out[r][j][2 * half] *= inverse;

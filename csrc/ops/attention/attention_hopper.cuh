@@ -169,13 +169,13 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
     registers_up_to<hopper_registers(kTile)>();
     const int group = role - 1, thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, t = lane % 4;
     const int row = 64 * group + thread / 32 * 16 + lane / 4;  // and row + 8
-    const float factor = p.scale * kLog2e;                     // scores in powers of two; positive: hopper_can()
-    const float late = kTerms ? 1.0f : factor;                 // applied on the way into the exponential
+    const float exponent = p.unit.exponent;                    // without a bias products are scores: the scale is positive, hopper_can()
+    const bool bias = kTerms && p.bias;
     const uint64_t from_queries = matrix_descriptor<kRow>(shared_address(queries) + group * 64 * kRow, 8 * kRow, 0);
     const uint64_t from_keys = matrix_descriptor<kRow>(shared_address(ring), 8 * kRow, 0);
     const uint64_t from_values = matrix_descriptor<kRow>(shared_address(ring), 8 * kRow, kKeyPanel);
 
-    float out[kWidth / 2], score[kKeys / 2], most[2], sum[2], shrink[2];
+    float out[kWidth / 2], score[kKeys / 2], row_max[2], row_sum[2], rescale[2];
     uint32_t weight[kKeys / 4];
     Place place;
     uint32_t parity = 0;
@@ -213,8 +213,8 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
     order.deal(p, kQueries, [&](const QueryBlock& at) {
       const int tiles = tiles_of(at);
 
-      // Scores of a tile to weights (still float32): shrink is what the sums before it are to be multiplied by.
-      const auto soften = [&](int tile) {
+      // Products of a tile to weights (still float32): rescale is what the sums before it are to be multiplied by.
+      const auto online_softmax = [&](int tile) {
         const int64_t key = static_cast<int64_t>(tile) * kKeys;
         const bool edge = key + kKeys > p.m || (p.causal && key + kKeys > at.first + 64 * group + p.m - p.n + 1);
         if (kTerms || edge) {
@@ -225,8 +225,6 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
             for (int j = 0; j < kKeys / 8; ++j) {
               float &x = score[4 * j + 2 * half], &y = score[4 * j + 2 * half + 1];
               if constexpr (kTerms) {
-                x *= factor;
-                y *= factor;
                 finish_scores<S>(p, wide, terms, 8 * j + 2 * t, x, y);
               } else {
                 if (8 * j + 2 * t >= terms.visible) x = kMinusInfinity;
@@ -241,19 +239,27 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
 #pragma unroll
           for (int j = 0; j < kKeys / 8; ++j) here = fmaxf(here, fmaxf(score[4 * j + 2 * half], score[4 * j + 2 * half + 1]));
           here = fmaxf(here, __shfl_xor_sync(~0u, here, 1));
-          here = fmaxf(here, __shfl_xor_sync(~0u, here, 2)) * late;
-          const float now = fmaxf(most[half], here), shift = now == kMinusInfinity ? 0.0f : now;
-          shrink[half] = exp2_fast(most[half] - shift);
-          most[half] = now;
+          here = fmaxf(here, __shfl_xor_sync(~0u, here, 2));
+          const float now = fmaxf(row_max[half], here), shift = now == kMinusInfinity ? 0.0f : now;
+          rescale[half] = rescale_of(bias, exponent, row_max[half], shift);
+          const Power power = power_of(bias, exponent, shift);
+          row_max[half] = now;
+          if (bias) {
+#pragma unroll
+            for (int j = 0; j < kKeys / 8; ++j) {
+              score[4 * j + 2 * half] = (score[4 * j + 2 * half] - shift) * exponent;
+              score[4 * j + 2 * half + 1] = (score[4 * j + 2 * half + 1] - shift) * exponent;
+            }
+          }
           float part = 0.0f;
 #pragma unroll
           for (int j = 0; j < kKeys / 8; ++j) {
             float &x = score[4 * j + 2 * half], &y = score[4 * j + 2 * half + 1];
-            x = exp2_fast(fmaf(x, late, -shift));
-            y = exp2_fast(fmaf(y, late, -shift));
+            x = exp2_fast(fmaf(x, power.factor, -power.shift));
+            y = exp2_fast(fmaf(y, power.factor, -power.shift));
             part += x + y;
           }
-          sum[half] = fmaf(sum[half], shrink[half], part);
+          row_sum[half] = fmaf(row_sum[half], rescale[half], part);
         }
       };
       const auto pack_weights = [&] {  // the sums of two neighbouring groups of 8 keys are the registers of A for 16
@@ -263,8 +269,8 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
 
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        most[half] = kMinusInfinity;
-        sum[half] = 0.0f;
+        row_max[half] = kMinusInfinity;
+        row_sum[half] = 0.0f;
       }
 #pragma unroll
       for (int i = 0; i < kWidth / 2; ++i) out[i] = 0.0f;
@@ -277,7 +283,7 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
       pinned(score);
       release(place.slot);
       place = place.next();
-      soften(tiles - 1);
+      online_softmax(tiles - 1);
       pack_weights();
 
 #pragma unroll 1
@@ -293,13 +299,13 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
         wgmma_wait<1>();
         pinned(score);
         release(keys.slot);
-        soften(tile);
-        finished(sum[0] + sum[1], full);
+        online_softmax(tile);
+        finished(row_sum[0] + row_sum[1], full);
         wgmma_wait<0>();
         pinned(out);
         release(values.slot);
 #pragma unroll
-        for (int i = 0; i < kWidth / 2; ++i) out[i] *= shrink[i / 2 % 2];
+        for (int i = 0; i < kWidth / 2; ++i) out[i] *= rescale[i / 2 % 2];
         pack_weights();
       }
       mbarrier_wait(full + place.slot, place.parity);
@@ -314,14 +320,11 @@ __global__ void __launch_bounds__(hopper_tile(kWidth, kTerms).threads(), 1)
       float inverse[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float all = sum[half];
+        float all = row_sum[half];
         all += __shfl_xor_sync(~0u, all, 1);
         all += __shfl_xor_sync(~0u, all, 2);
         inverse[half] = all == 0.0f ? 0.0f : 1.0f / all;
-        if (t == 0 && row + 8 * half < at.rows) {
-          p.lse[(at.batch * p.heads + at.head) * p.n + at.first + row + 8 * half] =
-              all == 0.0f ? kMinusInfinity : fmaf(most[half], kLn2, logf(all));
-        }
+        if (t == 0 && row + 8 * half < at.rows) store_row_stats(p, lse_at(p, at, at.first + row + 8 * half), row_max[half], all);
       }
       put_rows<S, kWidth, kPanel>(queries, kQueryPanel, row, t, out, inverse);
       shared_writes_fence();

@@ -1,4 +1,5 @@
-// The tangent of attention on tensor cores of sm_80 and newer: given o and lse, with P = exp(S - lse) and the tangents of q, k, v,
+// The tangent of attention on tensor cores of sm_80 and newer: given o and row_stats, with P = exp(S - row_max) / row_sum and the tangents
+// of q, k, v,
 //   dS = scale (tq k^T + q tk^T)     mu = sum(P dS)     to = (P dS) v + P tv - mu o     tlse = mu
 // so nothing is carried from tile to tile but two sums. A warp holds 16 query rows, as in the forward pass.
 #pragma once
@@ -73,13 +74,12 @@ __global__ void __launch_bounds__(kTangentThreads, 2)
   const S* const from_keys = keys + (lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 8;
   const S* const from_values = values + lane % 16 * kPitch + lane / 16 * 8;
   const int row = warp * 16 + g;  // and row + 8
-  const float factor = p.scale * kLog2e;
-  float shift[2];  // a row that sees nothing has the log-sum-exp -inf, and only scores of -inf
+  const float exponent = p.unit.exponent;
+  RowStats stats[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int mine = row + 8 * half < at.rows ? row + 8 * half : at.rows - 1;
-    const float lse = p.lse[lse_at(p, at, at.first + mine)];
-    shift[half] = lse == kMinusInfinity ? 0.0f : lse * kLog2e;
+    stats[half] = p.row_stats[lse_at(p, at, at.first + mine)];
   }
 
   float out[2 * kSteps][4] = {}, mean[2] = {};
@@ -121,11 +121,9 @@ __global__ void __launch_bounds__(kTangentThreads, 2)
 #pragma unroll
       for (int j = 0; j < kKeyTiles; ++j) {
         float &x = weight[j][2 * half], &y = weight[j][2 * half + 1];
-        x *= factor;
-        y *= factor;
         finish_scores<S>(p, wide.forward, terms, 8 * j + 2 * t, x, y);
-        x = exp2_fast(x - shift[half]);
-        y = exp2_fast(y - shift[half]);
+        x = exp2_fast(fmaf(x - stats[half].row_max, exponent, -stats[half].log_sum));
+        y = exp2_fast(fmaf(y - stats[half].row_max, exponent, -stats[half].log_sum));
         float &dx = slope[j][2 * half], &dy = slope[j][2 * half + 1];
         dx *= p.scale * x;
         dy *= p.scale * y;

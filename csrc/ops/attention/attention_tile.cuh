@@ -1,5 +1,6 @@
 // What the attention kernels share: how rows reach shared memory, and what bias, mask and causality do to a score.
 #pragma once
+#include "../../core/exact_math.h"
 #include "../../core/vec.cuh"
 #include "params.h"
 
@@ -156,11 +157,12 @@ __device__ __forceinline__ RowTerms row_terms(const AttentionParams& p, const Qu
   return terms;
 }
 
-// Scores of keys `key` and `key` + 1, in powers of two: bias added, -inf where the query does not see the key. S: the dtype of a bias that
-// is not float32.
+// Products of a query with keys `key` and `key` + 1 become scores: -inf where the query does not see the key. S: the dtype of a bias that
+// is not float32. Where there is nothing to hide and no bias, and the unit's factor is 1, products are scores as they are.
 template <class S>
 __device__ __forceinline__ void finish_scores(const AttentionParams& p, const AttentionAccess& wide, const RowTerms& terms, int key,
                                               float& x, float& y) {
+  const float factor = p.unit.factor;
   const bool any = key < terms.visible, both = key + 1 < terms.visible;
   if (p.bias && any) {
     float bias[2];
@@ -169,8 +171,11 @@ __device__ __forceinline__ void finish_scores(const AttentionParams& p, const At
     } else {
       load_pair(bias, static_cast<const S*>(terms.bias) + key, both, wide.bias);
     }
-    x = fmaf(bias[0], kLog2e, x);
-    y = fmaf(bias[1], kLog2e, y);
+    x = fmaf(x, factor, bias[0]);
+    y = fmaf(y, factor, bias[1]);
+  } else {
+    x *= factor;
+    y *= factor;
   }
   bool first = any, second = both;
   if (p.mask && any) {
@@ -185,6 +190,32 @@ __device__ __forceinline__ void finish_scores(const AttentionParams& p, const At
   }
   if (!first) x = kMinusInfinity;
   if (!second) y = kMinusInfinity;
+}
+
+// ---- online softmax: powers of two of scores relative to row_max, which is 0 here where no key has been seen ----
+
+// How a tile's scores enter the exponential: 2^(factor score - shift).
+struct Power {
+  float factor, shift;
+};
+// Without a bias in one step; exponent row_max is rounded then, alike for all scores of the row. With one, scores have no room for the
+// exponent before the difference is taken: that has been done for them.
+__device__ __forceinline__ Power power_of(bool bias, float exponent, float row_max) {
+  return bias ? Power{1.0f, 0.0f} : Power{exponent, mul(row_max, exponent)};
+}
+// What sums relative to row_max `from` are to be multiplied by for row_max `to`. Rounded by name, as the shifts are.
+__device__ __forceinline__ float rescale_of(bool bias, float exponent, float from, float to) {
+  return exp2_fast(bias ? (from - to) * exponent : sub(mul(from, exponent), mul(to, exponent)));
+}
+// The log-sum-exp and, where it is asked for, RowStats of query number `at`: `sum` as it was added up. A query that sees nothing has 0.
+__device__ __forceinline__ void store_row_stats(const AttentionParams& p, int64_t at, float row_max, float sum) {
+  const ScoreUnit& unit = p.unit;
+  const bool nothing = sum == 0.0f;
+  // By how much the shift's rounding made all powers too large.
+  const float excess = nothing || p.bias ? 0.0f : fmaf(row_max, unit.exponent, -mul(row_max, unit.exponent));
+  const float log_sum = nothing ? -kMinusInfinity : fmaf(-excess, kLn2, logf(sum));
+  p.lse[at] = nothing ? kMinusInfinity : fmaf(row_max, unit.logarithm, log_sum);
+  if (p.row_stats) p.row_stats[at] = {nothing ? 0.0f : row_max, log_sum * kLog2e};
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../../core/dtype.h"
+#include "../../core/row_stats.h"
 
 namespace genfast {
 
@@ -19,11 +20,13 @@ struct AttentionParams {
   const uint8_t* mask;  // (batch, heads, n, m), 0: the query does not see the key; or nullptr
   void* o;              // (batch, heads, n, d)
   float* lse;           // (batch, heads, n), dense: natural logarithm of the sum of the exponentials of the scores
+  RowStats* row_stats;  // (batch, heads, n), dense: what derivatives need of each row; or nullptr
   AttentionRows q_at, k_at, v_at, bias_at, mask_at, o_at;
   int64_t batch, heads, kv_heads, n, m, d;
   float scale;
-  bool causal;  // query i sees keys 0 ... i + m - n
-  DType dtype;  // of q, k, v, o: F32, BF16 or F16
+  ScoreUnit unit;  // score_unit(bias, scale)
+  bool causal;     // query i sees keys 0 ... i + m - n
+  DType dtype;     // of q, k, v, o: F32, BF16 or F16
   DType bias_dtype;
   // Sequences of different lengths, one after another (attention_varlen_): (batch + 1) int64 or int32, the rows of q and of k where each
   // begins; else nullptr. Then q_at, ..., o_at have no batch, n and m are the largest lengths, and lse is (heads, packed).
@@ -33,7 +36,7 @@ struct AttentionParams {
 };
 
 struct AttentionBackwardParams {
-  AttentionParams forward;  // with the o and the lse that it gave, which are read
+  AttentionParams forward;  // with the o and the row_stats that it gave, which are read
   const void* grad_o;       // (batch, heads, n, d)
   const float* grad_lse;    // (batch, heads, n), dense, or nullptr
   void* dq;                 // (batch, heads, n, d)
@@ -47,7 +50,7 @@ struct AttentionBackwardParams {
 
 // Of attention_tangent_: the tangents of q, k, v come in, those of o and lse go out, in the shapes of what they belong to.
 struct AttentionTangentParams {
-  AttentionParams forward;  // with the o and the lse that it gave, which are read
+  AttentionParams forward;  // with the o and the row_stats that it gave, which are read
   const void *tq, *tk, *tv;
   void* to;
   float* tlse;

@@ -1,6 +1,5 @@
 // attention_decode_(Tensor(a!) o, Tensor(b!) lse, Tensor(c!)? parts, Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor? bias, bool
-// causal,
-//                   float scale, int splits) -> ()
+//                   causal, float scale, int splits) -> ()
 // The bias is of full shape: what is broadcast has stride 0. `parts` is the workspace of splits > 1. Not empty.
 #include "../../core/tensor.h"
 #include "params.h"
@@ -61,8 +60,8 @@ void attention_decode_(const Tensor& o, const Tensor& lse, const std::optional<T
   check(splits >= 1 && (splits == 1 || parts.has_value()), "splits: got ", splits, ", supported: 1, or more with parts");
   p.splits = splits;
   if (splits > 1) {
-    p.parts = float_data(*parts, "parts", splits * rows * (p.d + 1));
-    p.part_lse = p.parts + splits * rows * p.d;
+    p.parts = float_data(*parts, "parts", splits * rows * (p.d + 2));
+    p.part_stats = reinterpret_cast<PartStats*>(p.parts + splits * rows * p.d);
   }
   if (bias.has_value()) {
     p.bias_dtype = dtype_of(*bias, "bias");
@@ -71,7 +70,7 @@ void attention_decode_(const Tensor& o, const Tensor& lse, const std::optional<T
     p.bias = bias->data_ptr();
   }
   p.causal = causal;
-  p.scale = static_cast<float>(scale);
+  p.unit = score_unit(p.bias, static_cast<float>(scale));
   const DeviceGuard guard(q);
   GENFAST_LAUNCH(attention_decode, p, q);
 }

@@ -41,12 +41,12 @@ __global__ void __launch_bounds__(kThreads) decode_fma_kernel(const __grid_const
 
   const S* const k = static_cast<const S*>(p.k) + at.batch * p.k_at.batch + at.kv_head * p.k_at.head + at.first * p.k_at.row + column;
   const S* const v = static_cast<const S*>(p.v) + at.batch * p.v_at.batch + at.kv_head * p.v_at.head + at.first * p.v_at.row + column;
-  const float factor = p.scale * kLog2e;  // scores in powers of two
-  float out[kRows][kFours][4] = {}, most[kRows], sum[kRows] = {};
+  const ScoreUnit& unit = p.unit;
+  float out[kRows][kFours][4] = {}, row_max[kRows], row_sum[kRows] = {};
   int visible[kRows];
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
-    most[row] = kMinusInfinity;
+    row_max[row] = kMinusInfinity;
     visible[row] = visible_keys(p, at, row);
   }
 
@@ -68,38 +68,39 @@ __global__ void __launch_bounds__(kThreads) decode_fma_kernel(const __grid_const
       for (int i = 0; i < kFours * 4; ++i) score = fmaf(queries[row][column + i / 4 * 32 + i % 4], x[i / 4][i % 4], score);
 #pragma unroll
       for (int bits = 1; bits < kFmaLanes; bits *= 2) score += __shfl_xor_sync(~0u, score, bits);
-      score = key < visible[row] ? score * factor : kMinusInfinity;
+      score *= unit.factor;
       if (p.bias && key < visible[row]) score += bias_at<S>(p, at, row, key);
-      const float now = fmaxf(most[row], score), shift = now == kMinusInfinity ? 0.0f : now;
-      const float shrink = exp2f(most[row] - shift), weight = exp2f(score - shift);
-      most[row] = now;
-      sum[row] = fmaf(sum[row], shrink, weight);
+      if (key >= visible[row]) score = kMinusInfinity;
+      const float now = fmaxf(row_max[row], score), shift = now == kMinusInfinity ? 0.0f : now;
+      const float rescale = exp2f((row_max[row] - shift) * unit.exponent), weight = exp2f((score - shift) * unit.exponent);
+      row_max[row] = now;
+      row_sum[row] = fmaf(row_sum[row], rescale, weight);
 #pragma unroll
       for (int i = 0; i < kFours * 4; ++i) {
-        out[row][i / 4][i % 4] = fmaf(weight, y[i / 4][i % 4], out[row][i / 4][i % 4] * shrink);
+        out[row][i / 4][i % 4] = fmaf(weight, y[i / 4][i % 4], out[row][i / 4][i % 4] * rescale);
       }
     }
   }
 
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
-    float all = most[row];
+    float all = row_max[row];
 #pragma unroll
     for (int bits = kFmaLanes; bits < 32; bits *= 2) all = fmaxf(all, __shfl_xor_sync(~0u, all, bits));
-    const float shrink = exp2f(most[row] - (all == kMinusInfinity ? 0.0f : all));
-    sum[row] *= shrink;
+    const float rescale = exp2f((row_max[row] - (all == kMinusInfinity ? 0.0f : all)) * unit.exponent);
+    row_sum[row] *= rescale;
 #pragma unroll
-    for (int bits = kFmaLanes; bits < 32; bits *= 2) sum[row] += __shfl_xor_sync(~0u, sum[row], bits);
+    for (int bits = kFmaLanes; bits < 32; bits *= 2) row_sum[row] += __shfl_xor_sync(~0u, row_sum[row], bits);
 #pragma unroll
     for (int i = 0; i < kFours * 4; ++i) {
-      float value = out[row][i / 4][i % 4] * shrink;
+      float value = out[row][i / 4][i % 4] * rescale;
 #pragma unroll
       for (int bits = kFmaLanes; bits < 32; bits *= 2) value += __shfl_xor_sync(~0u, value, bits);
       if (lane < kFmaLanes) outputs[(warp * kRows + row) * kWidth + column + i / 4 * 32 + i % 4] = value;
     }
     if (lane == 0) {
-      sums.most[warp][row] = all;
-      sums.sum[warp][row] = sum[row];
+      sums.row_max[warp][row] = all;
+      sums.row_sum[warp][row] = row_sum[row];
     }
   }
   __syncthreads();
@@ -117,12 +118,15 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   const int64_t key_head = static_cast<int>(blockIdx.x) / rows, from = key_head * splits * rows + r;
 
   // Every warp finds the maximum and the sum for itself.
-  float most = kMinusInfinity, sum = 0.0f;
-  for (int s = thread % 32; s < splits; s += 32) most = fmaxf(most, p.part_lse[from + static_cast<int64_t>(s) * rows]);
+  const ScoreUnit& unit = p.unit;
+  const auto part = [&](int s) { return p.part_stats[from + static_cast<int64_t>(s) * rows]; };
+  float row_max = kMinusInfinity, sum = 0.0f;
+  for (int s = thread % 32; s < splits; s += 32) row_max = fmaxf(row_max, part(s).row_max);
 #pragma unroll
-  for (int bits = 1; bits < 32; bits *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, bits));
-  const float shift = most == kMinusInfinity ? 0.0f : most;
-  for (int s = thread % 32; s < splits; s += 32) sum += exp2f(p.part_lse[from + static_cast<int64_t>(s) * rows] - shift);
+  for (int bits = 1; bits < 32; bits *= 2) row_max = fmaxf(row_max, __shfl_xor_sync(~0u, row_max, bits));
+  const float shift = row_max == kMinusInfinity ? 0.0f : row_max;
+  const auto part_sum = [&](int s) { return exp2f((part(s).row_max - shift) * unit.exponent) * part(s).row_sum; };
+  for (int s = thread % 32; s < splits; s += 32) sum += part_sum(s);
 #pragma unroll
   for (int bits = 1; bits < 32; bits *= 2) sum += __shfl_xor_sync(~0u, sum, bits);
 
@@ -132,7 +136,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
 #pragma unroll 4
     for (int s = slice; s < splits; s += slices) {
       const int64_t at = from + static_cast<int64_t>(s) * rows;
-      value = fmaf(exp2f(p.part_lse[at] - shift), p.parts[at * d + c], value);
+      value = fmaf(part_sum(s), p.parts[at * d + c], value);
     }
   }
   partial[thread] = value;
@@ -143,7 +147,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   const int64_t batch = key_head / p.kv_heads, head = key_head % p.kv_heads * p.group() + r / n, query = r % n;
   S* const o = static_cast<S*>(p.o) + batch * p.o_at.batch + head * p.o_at.head + query * p.o_at.row;
   o[c] = element(narrow<S>(pair), 0);
-  if (c == 0) p.lse[(batch * p.heads + head) * n + query] = sum == 0.0f ? kMinusInfinity : fmaf(shift, kLn2, logf(sum));
+  if (c == 0) p.lse[(batch * p.heads + head) * n + query] = sum == 0.0f ? kMinusInfinity : fmaf(shift, unit.logarithm, logf(sum));
 }
 
 bool rows_aligned(const void* data, const DecodeRows& at, int64_t bytes, int64_t size) {

@@ -10,8 +10,6 @@ void launch_attention_decode_mma(const AttentionDecodeParams& p, void* stream);
 
 namespace {
 
-constexpr float kLog2e = 1.44269504088896341f;
-constexpr float kLn2 = 0.69314718055994531f;
 constexpr float kMinusInfinity = -__builtin_inff();
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 
@@ -56,17 +54,17 @@ __device__ __forceinline__ int visible_keys(const AttentionDecodeParams& p, cons
   return static_cast<int>(end < 0 ? 0 : end < at.keys ? end : at.keys);
 }
 
-// What the bias adds to a row's score, in powers of two; `key` counts from the part's first.
+// What the bias adds to a row's score; `key` counts from the part's first.
 template <class S>
 __device__ __forceinline__ float bias_at(const AttentionDecodeParams& p, const DecodeBlock& at, int row, int key) {
   const int64_t i = row_offset(p, at, p.bias_at, row) + at.first + key;
-  return kLog2e * (p.bias_dtype == DType::F32 ? static_cast<const float*>(p.bias)[i] : widen(static_cast<const S*>(p.bias)[i]));
+  return p.bias_dtype == DType::F32 ? static_cast<const float*>(p.bias)[i] : widen(static_cast<const S*>(p.bias)[i]);
 }
 
 // What the warps of a block leave in shared memory for join_warps.
 template <int kRows>
 struct WarpSums {
-  float most[kWarps][kRows], sum[kWarps][kRows];
+  float row_max[kWarps][kRows], row_sum[kWarps][kRows];
 };
 
 // Joins the warps' outputs (kWarps, kRows, pitch) and writes the block's rows: the result, or a part of it. Called by all threads, after a
@@ -75,16 +73,17 @@ template <class S, int kRows>
 __device__ __forceinline__ void join_warps(const AttentionDecodeParams& p, const DecodeBlock& at, const WarpSums<kRows>& sums,
                                            const float* out, int pitch) {
   const int d = static_cast<int>(p.d), n = static_cast<int>(p.n);
+  const ScoreUnit& unit = p.unit;
   for (int i = static_cast<int>(threadIdx.x); i < at.rows * d; i += kThreads) {
     const int row = i / d, c = i % d;
-    float most = kMinusInfinity, sum = 0.0f, value = 0.0f;
+    float row_max = kMinusInfinity, sum = 0.0f, value = 0.0f;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) most = fmaxf(most, sums.most[w][row]);
-    const float shift = most == kMinusInfinity ? 0.0f : most;
+    for (int w = 0; w < kWarps; ++w) row_max = fmaxf(row_max, sums.row_max[w][row]);
+    const float shift = row_max == kMinusInfinity ? 0.0f : row_max;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      const float weight = exp2_fast(sums.most[w][row] - shift);
-      sum = fmaf(weight, sums.sum[w][row], sum);
+      const float weight = exp2_fast((sums.row_max[w][row] - shift) * unit.exponent);
+      sum = fmaf(weight, sums.row_sum[w][row], sum);
       value = fmaf(weight, out[(w * kRows + row) * pitch + c], value);
     }
     value = sum == 0.0f ? 0.0f : value / sum;
@@ -94,12 +93,12 @@ __device__ __forceinline__ void join_warps(const AttentionDecodeParams& p, const
       static_cast<S*>(p.o)[row_offset(p, at, p.o_at, row) + c] = element(narrow<S>(pair), 0);
       if (c == 0) {
         const int64_t head = at.kv_head * p.group() + r / n;
-        p.lse[(at.batch * p.heads + head) * n + r % n] = sum == 0.0f ? kMinusInfinity : fmaf(shift, kLn2, logf(sum));
+        p.lse[(at.batch * p.heads + head) * n + r % n] = sum == 0.0f ? kMinusInfinity : fmaf(shift, unit.logarithm, logf(sum));
       }
     } else {
       const int64_t to = ((at.batch * p.kv_heads + at.kv_head) * p.splits + at.part) * p.rows() + r;
       p.parts[to * d + c] = value;
-      if (c == 0) p.part_lse[to] = sum == 0.0f ? kMinusInfinity : shift + log2f(sum);
+      if (c == 0) p.part_stats[to] = {row_max, sum};
     }
   }
 }

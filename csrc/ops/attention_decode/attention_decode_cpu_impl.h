@@ -1,5 +1,5 @@
 // Decoding on a CPU, compiled once per instruction set. It is bound by reading keys and values, so both are read where they lie, once for
-// all rows of a group of heads; products widen them to float32 in registers. Softmax online (Milakov and Gimelshein 2018).
+// all rows of a group of heads; products widen them to float32 in registers. Online softmax (Milakov and Gimelshein 2018).
 #pragma once
 #include <type_traits>
 
@@ -57,17 +57,17 @@ GF_INLINE void fetch_pair(const T* p) {
   for (size_t i = 0; i < 2 * kLanes * sizeof(T); i += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + i);
 }
 
-// Elements at p in the order of load_pair, of `count` that remain; scaled.
+// Elements at p in the order of load_pair, of `count` that remain.
 template <class T>
-GF_INLINE void load_row(float* to, const T* p, int64_t count, float scale) {
+GF_INLINE void load_row(float* to, const T* p, int64_t count) {
   int64_t c = 0;
   for (; c + 2 * kLanes <= count; c += 2 * kLanes) {
     VFloat first, second;
     load_pair(p + c, first, second);
-    store(to + c, first * scale);
-    store(to + c + kLanes, second * scale);
+    store(to + c, first);
+    store(to + c + kLanes, second);
   }
-  for (; c < count; c += kLanes) store(to + c, load_first(p + c, count - c) * scale);
+  for (; c < count; c += kLanes) store(to + c, load_first(p + c, count - c));
 }
 
 // What load_pair<T> ordered, back in its place and scaled. U: how it is kept.
@@ -119,10 +119,10 @@ GF_INLINE void score_tile(const float* q, int64_t width, const T* k, int64_t str
   for (int r = 0; r < R; ++r) __builtin_memcpy(scores + r * kDecodeKeys, all + r * K, K * sizeof(float));
 }
 
-// out (R rows, C vectors) = shrink out + weights (R, keys) values (keys, C vectors). C is even, in the order of load_pair; or 1, and
+// out (R rows, C vectors) = rescale out + weights (R, keys) values (keys, C vectors). C is even, in the order of load_pair; or 1, and
 // `count` elements exist.
 template <int R, int C, class T>
-GF_INLINE void value_tile(const float* weights, const T* v, int64_t stride, int64_t keys, const float* shrink, float* out, int64_t width,
+GF_INLINE void value_tile(const float* weights, const T* v, int64_t stride, int64_t keys, const float* rescale, float* out, int64_t width,
                           int64_t count) {
   VFloat sum[R][C] = {};
   for (int64_t j = 0; j < keys; ++j) {
@@ -143,7 +143,7 @@ GF_INLINE void value_tile(const float* weights, const T* v, int64_t stride, int6
   unroll<R>([&]<int r>() __attribute__((always_inline)) {
     unroll<C>([&]<int c>() __attribute__((always_inline)) {
       float* to = out + r * width + c * kLanes;
-      store(to, fma_lanes(load<float>(to), splat(shrink[r]), sum[r][c]));
+      store(to, fma_lanes(load<float>(to), splat(rescale[r]), sum[r][c]));
     });
   });
 }
@@ -158,7 +158,7 @@ GF_INLINE void in_row_tiles(int64_t rows, F f, int64_t row = 0) {
 }
 
 struct Scratch {
-  float *q, *out, *scores, *most, *sum, *shrink;  // (rows, width) twice, (rows, kDecodeKeys), (rows), (rows, kLanes), (rows)
+  float *q, *out, *scores, *row_max, *row_sum, *rescale;  // (rows, width) twice, (rows, kDecodeKeys), (rows), (rows, kLanes), (rows)
   int64_t width, floats;
 
   Scratch(const AttentionDecodeParams& p, float* at) : width((p.d + kLanes - 1) / kLanes * kLanes) {
@@ -166,10 +166,10 @@ struct Scratch {
     q = at;
     out = q + rows * width;
     scores = out + rows * width;
-    sum = scores + rows * kDecodeKeys;
-    most = sum + rows * kLanes;
-    shrink = most + rows;
-    floats = shrink + rows - at;
+    row_sum = scores + rows * kDecodeKeys;
+    row_max = row_sum + rows * kLanes;
+    rescale = row_max + rows;
+    floats = rescale + rows - at;
   }
 };
 
@@ -178,29 +178,31 @@ int64_t scratch_floats(const AttentionDecodeParams& p) {
   return Scratch(p, base).floats;
 }
 
-// Scores of one row become weights. Returns nothing new to read: most, sum and shrink of the row are kept.
+// Products of one row with a block of keys become weights. row_max and row_sum (kLanes of them) go on; what was summed before is to be
+// multiplied by rescale.
 template <class B>
-GF_INLINE void finish_row(float* s, int64_t keys, int64_t visible, const B* bias, float& most, float* sums, float& shrink) {
+GF_INLINE void finish_row(float* s, int64_t keys, int64_t visible, const B* bias, const ScoreUnit& score, float& row_max, float* row_sum,
+                          float& rescale) {
   const VInt lanes = lane_numbers();
   VFloat here = splat(kMinusInfinity);
   visible = visible < 0 ? 0 : visible < keys ? visible : keys;
   for (int64_t j = 0; j < keys; j += kLanes) {
     VFloat x = load<float>(s + j);
-    if (bias && j < visible) x = fma_lanes(load_first(bias + j, visible - j), splat(kLog2e), x);
+    x = bias && j < visible ? fma_lanes(x, splat(score.factor), load_first(bias + j, visible - j)) : x * score.factor;
     if (j + kLanes > visible) x = (lanes < static_cast<int>(visible - j)) ? x : splat(kMinusInfinity);
     store(s + j, x);
     here = (x > here) ? x : here;
   }
-  const float found = largest(here), now = found > most ? found : most, shift = now == kMinusInfinity ? 0.0f : now;
-  shrink = most == kMinusInfinity ? 0.0f : exp2_lanes(splat(most - shift))[0];
-  VFloat sum = load<float>(sums) * shrink;
+  const float found = largest(here), now = found > row_max ? found : row_max, shift = now == kMinusInfinity ? 0.0f : now;
+  rescale = row_max == kMinusInfinity ? 0.0f : exp2_lanes(splat((row_max - shift) * score.exponent))[0];
+  VFloat sum = load<float>(row_sum) * rescale;
   for (int64_t j = 0; j < keys; j += kLanes) {
-    const VFloat weight = exp2_lanes(load<float>(s + j) - shift);
+    const VFloat weight = exp2_lanes(power_lanes<true>(load<float>(s + j), shift, score.exponent));
     sum = sum + weight;
     store(s + j, weight);
   }
-  store(sums, sum);
-  most = now;
+  store(row_sum, sum);
+  row_max = now;
 }
 
 #if defined(__AVX512F__)
@@ -214,14 +216,14 @@ void run_unit(const AttentionDecodeParams& p, int64_t unit, const Scratch& at) {
   const int64_t part = unit % p.splits, key_head = unit / p.splits % p.kv_heads, b = unit / p.splits / p.kv_heads;
   const int64_t length = p.length(b), rows = p.rows(), chunk = p.part_keys(length), first_head = key_head * p.group();
   const int64_t end = chunk * (part + 1) < length ? chunk * (part + 1) : length;
-  const float factor = p.scale * kLog2e;  // scores are kept in powers of two
+  const ScoreUnit& score = p.unit;
   for (int64_t r = 0; r < rows; ++r) {
     const T* q = static_cast<const T*>(p.q) + b * p.q_at.batch + (first_head + r / p.n) * p.q_at.head + r % p.n * p.q_at.row;
-    load_row(at.q + r * at.width, q, p.d, factor);
-    at.most[r] = kMinusInfinity;
+    load_row(at.q + r * at.width, q, p.d);
+    at.row_max[r] = kMinusInfinity;
   }
   __builtin_memset(at.out, 0, static_cast<size_t>(rows * at.width) * sizeof(float));
-  __builtin_memset(at.sum, 0, static_cast<size_t>(rows * kLanes) * sizeof(float));
+  __builtin_memset(at.row_sum, 0, static_cast<size_t>(rows * kLanes) * sizeof(float));
 
   for (int64_t key = chunk * part; key < end; key += kDecodeKeys) {
     const int64_t keys = end - key < kDecodeKeys ? end - key : kDecodeKeys;
@@ -236,14 +238,15 @@ void run_unit(const AttentionDecodeParams& p, int64_t unit, const Scratch& at) {
       const int64_t visible = p.visible(length, r % p.n) - key;
       const auto finish = [&]<class B>(const B* bias) {
         if (bias) bias += b * p.bias_at.batch + (first_head + r / p.n) * p.bias_at.head + r % p.n * p.bias_at.row + key;
-        finish_row(at.scores + r * kDecodeKeys, keys, visible, bias, at.most[r], at.sum + r * kLanes, at.shrink[r]);
+        finish_row(at.scores + r * kDecodeKeys, keys, visible, bias, score, at.row_max[r], at.row_sum + r * kLanes, at.rescale[r]);
       };
       p.bias_dtype == DType::F32 ? finish(static_cast<const float*>(p.bias)) : finish(static_cast<const T*>(p.bias));
     }
     in_row_tiles(rows, [&]<int R>(int64_t r) {
       constexpr int C = kValueTiles / R < 8 ? kValueTiles / R : 8;
       const auto tile = [&]<int N>(int64_t c) {
-        value_tile<R, N>(at.scores + r * kDecodeKeys, v + c, p.v_at.row, keys, at.shrink + r, at.out + r * at.width + c, at.width, p.d - c);
+        value_tile<R, N>(at.scores + r * kDecodeKeys, v + c, p.v_at.row, keys, at.rescale + r, at.out + r * at.width + c, at.width,
+                         p.d - c);
       };
       int64_t c = 0;
       for (; c + C * kLanes <= p.d; c += C * kLanes) tile.template operator()<C>(c);
@@ -253,17 +256,17 @@ void run_unit(const AttentionDecodeParams& p, int64_t unit, const Scratch& at) {
   }
 
   for (int64_t r = 0; r < rows; ++r) {
-    const float sum = total(load<float>(at.sum + r * kLanes)), inverse = sum == 0 ? 0.0f : 1.0f / sum;
+    const float sum = total(load<float>(at.row_sum + r * kLanes)), inverse = sum == 0 ? 0.0f : 1.0f / sum;
     const float* out = at.out + r * at.width;
     if (p.splits == 1) {
       const int64_t head = first_head + r / p.n, query = r % p.n;
       T* o = static_cast<T*>(p.o) + b * p.o_at.batch + head * p.o_at.head + query * p.o_at.row;
       store_row<T>(o, out, p.d, inverse);
-      p.lse[(b * p.heads + head) * p.n + query] = sum == 0 ? kMinusInfinity : at.most[r] * kLn2 + __builtin_logf(sum);
+      p.lse[(b * p.heads + head) * p.n + query] = sum == 0 ? kMinusInfinity : at.row_max[r] * score.logarithm + __builtin_logf(sum);
     } else {
       float* o = p.parts + (unit * rows + r) * p.d;
       store_row<T>(o, out, p.d, inverse);
-      p.part_lse[unit * rows + r] = sum == 0 ? kMinusInfinity : at.most[r] + __builtin_log2f(sum);
+      p.part_stats[unit * rows + r] = {at.row_max[r], sum};
     }
   }
 }
@@ -290,27 +293,31 @@ void run(const AttentionDecodeParams& p, int64_t first_unit, int64_t last_unit, 
 void merge(const AttentionDecodeParams& p, int64_t first, int64_t last) {
   visit_storage(p.dtype, [&]<class T>(T) {
     const int64_t rows = p.rows();
+    const ScoreUnit& score = p.unit;
     for (int64_t at = first * rows; at < last * rows; ++at) {
       const int64_t key_head = at / rows, r = at % rows, b = key_head / p.kv_heads;
       const int64_t head = key_head % p.kv_heads * p.group() + r / p.n, query = r % p.n, from = key_head * p.splits * rows + r;
-      float most = kMinusInfinity, sum = 0;
+      float row_max = kMinusInfinity, sum = 0;
       for (int64_t s = 0; s < p.splits; ++s) {
-        const float x = p.part_lse[from + s * rows];
-        most = x > most || x != x ? x : most;
+        const float x = p.part_stats[from + s * rows].row_max;
+        row_max = x > row_max ? x : row_max;
       }
-      const float shift = most == kMinusInfinity ? 0.0f : most;
-      for (int64_t s = 0; s < p.splits; ++s) sum += exp2_lanes(splat(p.part_lse[from + s * rows] - shift))[0];
+      const float shift = row_max == kMinusInfinity ? 0.0f : row_max;
+      const auto part_sum = [&](int64_t s) {  // of the part's exponentials, in the unit of the whole
+        const PartStats part = p.part_stats[from + s * rows];
+        return exp2_lanes(splat((part.row_max - shift) * score.exponent)) * part.row_sum;
+      };
+      for (int64_t s = 0; s < p.splits; ++s) sum += part_sum(s)[0];
       const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
       T* o = static_cast<T*>(p.o) + b * p.o_at.batch + head * p.o_at.head + query * p.o_at.row;
       for (int64_t c = 0; c < p.d; c += kLanes) {
         VFloat out{};
         for (int64_t s = 0; s < p.splits; ++s) {
-          const VFloat weight = exp2_lanes(splat(p.part_lse[from + s * rows] - shift));
-          out = fma_lanes(load_first(p.parts + (from + s * rows) * p.d + c, p.d - c), weight, out);
+          out = fma_lanes(load_first(p.parts + (from + s * rows) * p.d + c, p.d - c), part_sum(s), out);
         }
         store_first(o + c, out * inverse, p.d - c);
       }
-      p.lse[(b * p.heads + head) * p.n + query] = sum == 0 ? kMinusInfinity : shift * kLn2 + __builtin_logf(sum);
+      p.lse[(b * p.heads + head) * p.n + query] = sum == 0 ? kMinusInfinity : shift * score.logarithm + __builtin_logf(sum);
     }
   });
 }

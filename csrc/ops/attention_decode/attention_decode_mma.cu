@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kThreads) decode_mma_kernel(const __grid_const
 
   const S* const k = static_cast<const S*>(p.k) + at.batch * p.k_at.batch + at.kv_head * p.k_at.head + at.first * p.k_at.row + 8 * t;
   const S* const v = static_cast<const S*>(p.v) + at.batch * p.v_at.batch + at.kv_head * p.v_at.head + at.first * p.v_at.row + 8 * g;
-  const float factor = p.scale * kLog2e;  // scores in powers of two
-  float out[kGroups][8][4] = {}, most[2] = {kMinusInfinity, kMinusInfinity}, sum[2] = {};
+  const ScoreUnit& unit = p.unit;
+  float out[kGroups][8][4] = {}, row_max[2] = {kMinusInfinity, kMinusInfinity}, row_sum[2] = {};
   const int visible[2] = {visible_keys(p, at, g), visible_keys(p, at, g + 8)};
 
 #pragma unroll 1
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) decode_mma_kernel(const __grid_const
         mma_m16n8k16<S>(score[j], {odd.x, odd.y, odd.z, odd.w}, {keys[j][c].z, keys[j][c].w});
       }
     }
-    float shrink[2];
+    float rescale[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float here = kMinusInfinity;
@@ -104,27 +104,28 @@ __global__ void __launch_bounds__(kThreads) decode_mma_kernel(const __grid_const
       for (int i = 0; i < 4; ++i) {
         float& x = score[i / 2][2 * half + i % 2];
         const int mine = key + i / 2 * 8 + 2 * t + i % 2;
-        x = mine < visible[half] ? x * factor : kMinusInfinity;
+        x *= unit.factor;
         if (p.bias && mine < visible[half]) x += bias_at<S>(p, at, g + 8 * half, mine);
+        if (mine >= visible[half]) x = kMinusInfinity;
         here = fmaxf(here, x);
       }
       here = fmaxf(here, __shfl_xor_sync(~0u, here, 1));
       here = fmaxf(here, __shfl_xor_sync(~0u, here, 2));
-      const float now = fmaxf(most[half], here), shift = now == kMinusInfinity ? 0.0f : now;
-      shrink[half] = exp2_fast(most[half] - shift);
-      most[half] = now;
+      const float now = fmaxf(row_max[half], here), shift = now == kMinusInfinity ? 0.0f : now;
+      rescale[half] = exp2_fast((row_max[half] - shift) * unit.exponent);
+      row_max[half] = now;
       float part = 0.0f;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& x = score[i / 2][2 * half + i % 2];
-        x = exp2_fast(x - shift);
+        x = exp2_fast((x - shift) * unit.exponent);
         part += x;
       }
-      sum[half] = fmaf(sum[half], shrink[half], part);
+      row_sum[half] = fmaf(row_sum[half], rescale[half], part);
     }
-    if (__ballot_sync(~0u, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
+    if (__ballot_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
 #pragma unroll
-      for (int i = 0; i < kGroups * 8 * 4; ++i) out[i / 32][i / 4 % 8][i % 4] *= shrink[i % 4 / 2];
+      for (int i = 0; i < kGroups * 8 * 4; ++i) out[i / 32][i / 4 % 8][i % 4] *= rescale[i % 4 / 2];
     }
     const uint32_t weights[4] = {pack<S>(score[0][0], score[0][1]), pack<S>(score[0][2], score[0][3]), pack<S>(score[1][0], score[1][1]),
                                  pack<S>(score[1][2], score[1][3])};
@@ -145,12 +146,12 @@ __global__ void __launch_bounds__(kThreads) decode_mma_kernel(const __grid_const
 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
-    sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
+    row_sum[half] += __shfl_xor_sync(~0u, row_sum[half], 1);
+    row_sum[half] += __shfl_xor_sync(~0u, row_sum[half], 2);
     const int row = g + 8 * half;
     if (t == 0) {
-      sums.most[warp][row] = most[half];
-      sums.sum[warp][row] = sum[half];
+      sums.row_max[warp][row] = row_max[half];
+      sums.row_sum[warp][row] = row_sum[half];
     }
     // Tile e of a group holds columns 8n + e of its 64, n = 2t and 2t + 1 here.
     float* const to = outputs + (warp * kRows + row) * kPitch<kWidth> + 16 * t;

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../../core/dtype.h"
+#include "../../core/row_stats.h"
 
 namespace genfast {
 
@@ -14,20 +15,25 @@ struct DecodeRows {
   int64_t batch, head, row;
 };
 
+// What is joined of each part of a row.
+struct PartStats {
+  float row_max, row_sum;
+};
+
 struct AttentionDecodeParams {
-  const void* q;        // (batch, heads, n, d)
-  const void* k;        // (batch, kv_heads, capacity, d); query head h reads head h / (heads / kv_heads)
-  const void* v;        // (batch, kv_heads, capacity, d)
-  const void* lengths;  // (batch) int64 or int32: keys in use; clamped to 0 ... capacity
-  const void* bias;     // (batch, heads, n, capacity) float32 or `dtype`, or nullptr
-  void* o;              // (batch, heads, n, d)
-  float* lse;           // (batch, heads, n), dense: natural logarithm of the sum of the exponentials of the scores
-  float* parts;         // (batch, kv_heads, splits, heads / kv_heads, n, d), dense: each part's output; unused where splits is 1
-  float* part_lse;      // (batch, kv_heads, splits, heads / kv_heads, n), dense: logarithm to base 2 of each part's sum
+  const void* q;          // (batch, heads, n, d)
+  const void* k;          // (batch, kv_heads, capacity, d); query head h reads head h / (heads / kv_heads)
+  const void* v;          // (batch, kv_heads, capacity, d)
+  const void* lengths;    // (batch) int64 or int32: keys in use; clamped to 0 ... capacity
+  const void* bias;       // (batch, heads, n, capacity) float32 or `dtype`, or nullptr
+  void* o;                // (batch, heads, n, d)
+  float* lse;             // (batch, heads, n), dense: natural logarithm of the sum of the exponentials of the scores
+  float* parts;           // (batch, kv_heads, splits, heads / kv_heads, n, d), dense: each part's output; unused where splits is 1
+  PartStats* part_stats;  // (batch, kv_heads, splits, heads / kv_heads, n), dense: of each part's keys
   DecodeRows q_at, k_at, v_at, bias_at, o_at;
   int64_t batch, heads, kv_heads, n, capacity, d, splits;
-  float scale;
-  bool causal;  // query i sees keys 0 ... i + length - n
+  ScoreUnit unit;  // which holds the scale
+  bool causal;     // query i sees keys 0 ... i + length - n
   bool wide_lengths;
   DType dtype;  // of q, k, v, o: F32, BF16 or F16
   DType bias_dtype;
