@@ -1,0 +1,310 @@
+"""The attributes of a scheduler as a stock step reads and writes them: told apart by content, copied while tracing, written after a step.
+
+A traced step is good wherever everything that it read is as it was. So what it reads is recorded with what it held: numbers, strings and
+tables by value, the tensors that earlier steps kept by their form alone, because their contents are inputs of the step.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Path = tuple[str, int | None]  # an attribute, or an element of one that is a list
+
+_PLAIN = (int, float, str, bool, type(None), np.generic, torch.dtype, torch.device)
+
+
+class NotLinear(Exception):
+    """The step is not of the form that a row can hold; the message says why."""
+
+
+class Absent:
+    """An attribute that is not there."""
+
+
+class Untouched:
+    """A tensor in a list that the step moved and did not look into."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """A table: a tensor of at most one dimension or an array, by value."""
+
+    dtype: Any
+    ndim: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor of the sample's shape: what an earlier step kept."""
+
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Config:
+    """A configuration: its attributes, which is how diffusers reads them (and how users edit them)."""
+
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Items:
+    """A list, element by element."""
+
+    items: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A function of the configuration (`SASolverScheduler` has one), by what it answered."""
+
+    calls: tuple[tuple[tuple[Any, ...], Any], ...]
+
+    def again(self, function: Any) -> bool:
+        return callable(function) and all(function(*args) == answer for args, answer in self.calls)
+
+
+Reads = tuple[tuple[str, Any], ...]
+
+
+def content(value: Tensor | np.ndarray) -> Content:
+    """What a table holds. One on a GPU is copied to the host."""
+    if isinstance(value, np.ndarray):
+        return Content(value.dtype, value.ndim, value.tobytes())
+    host = value if value.device.type == "cpu" and not value.requires_grad else value.detach().cpu()
+    if host.dtype is torch.bfloat16:
+        host = host.view(torch.int16)
+    try:
+        array = host.numpy()
+    except RuntimeError:  # inside a torch.func transform
+        array = np.array(host.tolist(), dtype=str(host.dtype).removeprefix("torch."))
+    return Content(value.dtype, value.ndim, array.tobytes())
+
+
+class Stamps:
+    """The contents of tables on a GPU, read once for every object and version of it, so that a step does not wait for the device."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, tuple[Tensor, int, Content]] = {}
+        self.times: tuple[Content | None, list[Any]] = None, []
+
+    def __deepcopy__(self, memo: Any) -> Stamps:
+        return Stamps()
+
+    def content(self, name: str, value: Any) -> Content:
+        if not isinstance(value, Tensor) or value.device.type == "cpu" or value.is_inference():
+            return content(value)
+        found = self.known.get(name)
+        if found is None or found[0] is not value or found[1] != value._version:
+            found = self.known[name] = value, value._version, content(value)
+        return found[2]
+
+    def host(self, name: str, value: Tensor) -> list[Any]:
+        """The elements of the table ``value``, held by the attribute ``name``."""
+        now = self.content(name, value)
+        if self.times[0] is not now and self.times[0] != now:
+            self.times = now, value.tolist()
+        return self.times[1]
+
+
+def fits(reads: Reads, state: Mapping[str, Any], sample: Tensor, stamps: Stamps) -> bool:
+    """Whether ``state`` holds what was read."""
+    get = state.get
+    for name, expected in reads:  # a plain loop: every step comes through here
+        value = get(name, Absent)
+        if value is expected:
+            continue
+        kind = type(expected)
+        if kind is Config:
+            if getattr(value, "__dict__", None) != expected.values:
+                return False
+        elif kind is Content:
+            if not isinstance(value, Tensor | np.ndarray) or stamps.content(name, value) != expected:
+                return False
+        elif kind is Answers:
+            if not expected.again(value):
+                return False
+        elif not _matches(expected, value, sample):
+            return False
+    return True
+
+
+def _matches(expected: Any, value: Any, sample: Tensor) -> bool:
+    if value is expected:
+        return True
+    kind = type(expected)
+    if kind is Kept:
+        return isinstance(value, Tensor) and value.shape == sample.shape and value.dtype is expected.dtype and value.device == sample.device
+    if kind is Items:
+        if type(value) is not list or len(value) != len(expected.items):
+            return False
+        return all(_matches(e, v, sample) for e, v in zip(expected.items, value, strict=True))
+    if kind is Content:
+        return isinstance(value, Tensor | np.ndarray) and content(value) == expected
+    if expected is Untouched:
+        return isinstance(value, Tensor) and value.ndim == 0
+    return type(value) is kind and bool(value == expected)
+
+
+def kept_paths(state: Mapping[str, Any], shape: torch.Size) -> list[Path]:
+    """Where ``state`` holds tensors of ``shape``: what earlier steps kept."""
+    found: list[Path] = []
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            if value.shape == shape:
+                found.append((name, None))
+        elif type(value) is list:
+            found += [(name, at) for at, item in enumerate(value) if isinstance(item, Tensor) and item.shape == shape]
+    return found
+
+
+def at_path(state: Mapping[str, Any], path: Path) -> Any:
+    name, at = path
+    return state[name] if at is None else state[name][at]
+
+
+class Source:
+    """A state as a shadow reads it: attribute by attribute, copied and noted on the first access."""
+
+    def __init__(self, state: Mapping[str, Any], shape: torch.Size, kept: Mapping[Path, Tensor], stamps: Stamps) -> None:
+        self.state, self.shape, self.kept, self.stamps = state, shape, kept, stamps
+        self.reads: dict[str, Any] = {}
+        self.copies: dict[str, Any] = {}  # what the shadow got; of a list, its first elements
+        self.loose: dict[int, tuple[str, int]] = {}  # the small tensors in lists, by identity
+        self.touched: set[int] = set()  # those of them that an operation looked at
+        self.calls: dict[str, list[tuple[tuple[Any, ...], Any]]] = {}  # of functions
+
+    def take(self, name: str) -> Any:
+        value = self.state[name]
+        if type(value) is list:
+            pairs = [self._copied((name, at), item) for at, item in enumerate(value)]
+            copy: Any = [c for c, _ in pairs]
+            self.reads[name] = Items(tuple(e for _, e in pairs))
+            self.copies[name] = copy, tuple(copy)
+            self.loose |= {id(c): (name, at) for at, c in enumerate(copy) if isinstance(c, Tensor) and c.ndim == 0}
+        else:
+            copy, self.reads[name] = self._copied((name, None), value)
+            self.copies[name] = copy, None
+        return copy
+
+    def _copied(self, path: Path, value: Any) -> tuple[Any, Any]:
+        """A copy for the shadow, and what has to be there again."""
+        name, at = path
+        if isinstance(value, Tensor):
+            if value.shape == self.shape:
+                return self.kept[path], Kept(value.dtype)
+            if value.ndim <= 1:
+                return value.detach().to("cpu", copy=True), self.stamps.content(name, value) if at is None else content(value)
+            raise NotLinear(f"a tensor of shape {tuple(value.shape)} in {name}")
+        if isinstance(value, np.ndarray):
+            return value.copy(), content(value)
+        if isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(isinstance(v, _PLAIN) for v in value)):
+            return value, value
+        if name == "_internal_dict" and at is None:
+            values = {key: list(v) if isinstance(v, list) else v for key, v in vars(value).items()}
+            return value, Config(values)
+        if type(value) is list and all(isinstance(v, _PLAIN) for v in value):
+            return list(value), Items(tuple(value))
+        if callable(value) and name in self.state["_internal_dict"]:
+            return functools.partial(self._call, name, value), Answers(())
+        raise NotLinear(f"state in {name}, an object of class {type(value).__name__}")
+
+    def _call(self, name: str, function: Any, *args: Any) -> Any:
+        answer = function(*args)
+        if not isinstance(answer, int | float):
+            raise NotLinear(f"{name} with an answer of class {type(answer).__name__}")
+        self.calls.setdefault(name, []).append((args, answer))
+        return answer
+
+    def result(self) -> Reads:
+        """What was read. Small tensors in lists that nothing looked at may hold anything."""
+        for identity, (name, at) in self.loose.items():
+            if identity not in self.touched:
+                items = list(self.reads[name].items)
+                items[at] = Untouched
+                self.reads[name] = Items(tuple(items))
+        self.reads |= {name: Answers(tuple(calls)) for name, calls in self.calls.items()}
+        return tuple(self.reads.items())
+
+
+_shadows: dict[type, type] = {}
+
+
+def shadow_of(stock: type, source: Source) -> Any:
+    """An object of ``stock`` that takes its attributes from ``source`` and changes nothing outside itself."""
+    if stock not in _shadows:
+
+        def __getattr__(self: Any, name: str) -> Any:
+            source = self.__dict__["_source"]
+            if name in source.state:
+                value = self.__dict__[name] = source.take(name)
+                return value
+            if not name.startswith("__"):
+                source.reads[name] = Absent
+            return super(_shadows[stock], self).__getattr__(name)  # type: ignore[misc]
+
+        _shadows[stock] = type(stock.__name__, (stock,), {"__getattr__": __getattr__, "__module__": stock.__module__})
+    shadow: Any = object.__new__(_shadows[stock])
+    shadow.__dict__["_source"] = source
+    for name in source.state:
+        if name == "_internal_dict" or (hasattr(stock, name) and not callable(getattr(stock, name))):
+            shadow.__dict__[name] = source.take(name)  # the class has an attribute of that name, so no access would be missed
+    return shadow
+
+
+# What an attribute holds after a step: a recipe, or several in a list.
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor or number that a step leaves behind, by where it comes from.
+
+    ``kind``: "const" (``value`` itself), "sample", "model", "time", "size" (the last ``-value`` numbers of the shape), "field" and "new"
+    (the tensor of that number among those returned and those made for keeping), "held" (what the path ``value`` held before).
+    """
+
+    kind: str
+    value: Any = None
+
+
+@dataclass(frozen=True)
+class ListOf:
+    """A list: the old one with other elements if ``same``, else another one."""
+
+    items: tuple[Item, ...]
+    same: bool
+
+
+Writes = Sequence[tuple[str, Item | ListOf]]
+
+
+def write(state: dict[str, Any], writes: Writes, tensors: Mapping[str, Any]) -> None:
+    """Leave in ``state`` what a step leaves. ``tensors`` holds what the kinds of `Item` refer to, "field" and "new" as sequences."""
+
+    def made(item: Item) -> Any:
+        kind, value = item.kind, item.value
+        if kind == "const":
+            return value.clone() if isinstance(value, Tensor) else value
+        if kind == "held":
+            return at_path(state, value)
+        if kind == "size":
+            return tensors["shape"][value:]
+        return tensors[kind] if value is None else tensors[kind][value]
+
+    if len(writes) == 1 and type(item := writes[0][1]) is Item:
+        state[writes[0][0]] = made(item)
+        return
+    values = [(name, [made(i) for i in recipe.items] if type(recipe) is ListOf else made(recipe)) for name, recipe in writes]  # type: ignore[arg-type]
+    for (name, recipe), (_, value) in zip(writes, values, strict=True):
+        if type(recipe) is ListOf and recipe.same:
+            state[name][:] = value
+        else:
+            state[name] = value
