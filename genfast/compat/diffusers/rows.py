@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .state import NotLinear, Stamps, fits
-from .table import Row, pack
+from .table import Row, pack, split
 from .trace import Call, Reading, trace_scale, trace_step
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -117,7 +117,8 @@ def trace(scheduler: Any, state: Mapping[str, Any], method: str, kind: tuple[Any
                         reading.reads = (*reading.reads, ("timesteps", stamps.content("timesteps", timesteps)))
                 pack(row, step, seeded, guidance or 1.0, sample.device, call)
             else:
-                row.scale, row.writes = trace_scale(scheduler.stock, state, sample.shape, call, stamps, reading)
+                row.scale, writes = trace_scale(scheduler.stock, state, sample.shape, call, stamps, reading)
+                row.plain, row.writes = split(writes)
     except Exception as error:
         row.refusal = str(error) or type(error).__name__
     row.reads = reading.reads

@@ -16,6 +16,9 @@ from .state import at_path, write
 from .table import Row, Table
 
 
+_SMALL = 1 << 16  # elements
+
+
 def execute(
     row: Row,
     state: dict[str, Any],
@@ -27,30 +30,35 @@ def execute(
     guided: bool,
 ) -> list[Tensor]:
     """One step: new tensors for the fields that it returns, and ``state`` as the stock step leaves it."""
-    work, kept = row.work, [at_path(state, path) for path in row.inputs]
-    layout = torch.contiguous_format if sample.is_contiguous() else layout_of(sample)
+    if row.slope is not None and not guided and sample.numel() <= _SMALL:
+        state.update(row.plain)
+        return [sample + model_output * row.slope]  # the same bits; a launch takes longer to call
+    work, layout = row.work, torch.contiguous_format if sample.is_contiguous() else layout_of(sample)
     cond, uncond = halves(model_output, guided, work, layout)
-    slots = [in_form(t, work, layout) for t in (sample, *kept)]
+    slots = [in_form(sample, work, layout)]
+    for path in row.inputs:
+        slots.append(in_form(at_path(state, path), work, layout))
     if row.noisy:
         slots.append(slots[0] if noise is None else in_form(noise, work, layout))
-    step = row.step
     if _autograd.wanted((model_output, *slots)):
         made = _differentiable(row, slots, cond, uncond, seeds)
     else:
-        x = slots[0]
-        made = [torch.empty_like(x) for _ in range(len(row.returned) + len(step.kept))]
+        made = [torch.empty_like(slots[0]) for _ in range(row.outputs)]
         slots += made
         launch = _backend.namespace.solver_step_slots_
         with torch._C._AutoDispatchBelowAutograd():  # no input asks for a derivative
             for coef, index, counter in row.launches:
                 launch(slots, cond, uncond, coef, index, counter, seeds, None, None, False, row.threshold)
+    step = row.step
     if row.casts:
         dtypes = [step.dtypes[k] for k in row.returned] + list(step.kept_dtypes)
         made = [t.to(dtype) for t, dtype in zip(made, dtypes, strict=True)]
     fields = made[: len(row.returned)]
-    named = {"sample": sample, "model": model_output, "time": timestep, "shape": sample.shape, "new": made[len(fields) :]}
-    named["field"] = dict(zip(row.returned, fields, strict=True))
-    write(state, row.writes, named)
+    if row.writes:
+        named = {"sample": sample, "model": model_output, "time": timestep, "shape": sample.shape, "new": made[len(fields) :]}
+        named["field"] = dict(zip(row.returned, fields, strict=True))
+        write(state, row.writes, named)
+    state.update(row.plain)
     return fields
 
 
@@ -66,7 +74,7 @@ def _differentiable(row: Row, slots: Sequence[Tensor], cond: Tensor, uncond: Ten
 
 
 def halves(model_output: Tensor, guided: bool, work: torch.dtype, layout: torch.memory_format) -> tuple[Tensor, Tensor | None]:
-    if model_output.dtype in (torch.bfloat16, torch.float16) and work == torch.float64:
+    if work is torch.float64 and model_output.dtype in (torch.bfloat16, torch.float16):
         model_output = model_output.float()  # exact; the kernel widens from there
     if not guided:
         return model_output.contiguous(memory_format=layout), None
@@ -146,4 +154,5 @@ class Run:
                 else:
                     named[item.kind][item.value] = kept
             write(state, row.writes, named)
+            state.update(row.plain)
         self.k, self.on_device = done, False

@@ -32,7 +32,7 @@ from .run import Run, execute
 from .state import NotLinear, Stamps, kept_paths, write
 from .table import Row, table
 
-_OWN = ("_run", "_row", "_scaling", "_stamps", "_checked", "_seed_path", "fallback", "seeds")  # what a fused class adds to the attributes
+_CACHES = ("_run", "_row", "_scaling", "_stamps", "_checked", "_seed_path")  # what a fused class can make again
 
 
 class FusedScheduler:
@@ -60,8 +60,9 @@ class FusedScheduler:
     seeds: Sequence[int] | Tensor | None = None
     fallback: str | None = None
     _run: Run | None = None  # a trajectory prepared for steps that run later
-    _row: Row | None = None  # the row of the last step; None if the stock step ran
-    _scaling: Row | None = None  # the same of scale_model_input
+    _under_way: bool = False  # the last step of the trajectory was a row
+    _row: Row | None = None  # it, or the last of the trajectory before
+    _scaling: Row | None = None  # the last row of scale_model_input
     _checked: tuple[Any, Tensor] | None = None  # seeds that were checked, and the tensor of them
     _seed_path: tuple[Tensor, torch.Size, BrownianPath] | None = None
 
@@ -89,7 +90,7 @@ class FusedScheduler:
     def __reduce__(self) -> tuple[Any, ...]:
         # The class bears the stock class's name and module, so that what is saved loads where genfast is absent.
         self._settle()
-        state = {name: value for name, value in self.__dict__.items() if name not in _OWN or name == "seeds"}
+        state = {name: value for name, value in self.__dict__.items() if name not in _CACHES}
         return _rebuild, (type(self).__name__, state)
 
     def prepare(self, sample: Tensor, model_dtype: torch.dtype | None = None, **options: Any) -> None:
@@ -115,12 +116,18 @@ class FusedScheduler:
             if len(names) < len(args) or not options.keys().isdisjoint(names):
                 return self.stock.step(self, model_output, timestep, sample, *args, **options)  # raises TypeError
             options.update(zip(names, args, strict=True))
-        if not options.keys() <= self.known:
-            return self.stock.step(self, model_output, timestep, sample, **options)  # raises TypeError
-        traced = dict(options)
-        return_dict, generator = traced.pop("return_dict", True), traced.pop("generator", None)
-        given = traced.pop("variance_noise", None)
-        seeds = seeds if given is None else None
+        traced, return_dict, generator, given = {}, True, None, None
+        for name, value in options.items():
+            if name == "return_dict":
+                return_dict = value
+            elif name == "generator":
+                generator = value
+            elif name == "variance_noise":
+                given, seeds = value, seeds if value is None else None
+            else:
+                traced[name] = value
+            if name not in self.known:
+                return self.stock.step(self, model_output, timestep, sample, **options)  # raises TypeError
         if _deferred(sample):
             return self._deferred_step(model_output, timestep, sample, traced, seeds, guidance, return_dict)
         run = self._run
@@ -131,7 +138,7 @@ class FusedScheduler:
             if given is not None and generator is not None and row.noisy:
                 raise NotLinear("noise and a generator")  # some stock classes refuse that
         except NotLinear as error:
-            self.fallback, self._row, self._run = str(error), None, None
+            self.fallback, self._under_way, self._row, self._run = str(error), False, None, None
             if guidance is not None:
                 uncond, cond = model_output.chunk(2)
                 model_output = uncond + guidance * (cond - uncond)
@@ -143,7 +150,7 @@ class FusedScheduler:
         else:
             noise = self._noise(row, model_output, sample, generator, seeds) if row.noisy or self.pathwise else None
         fields = execute(row, self.__dict__, model_output, timestep, sample, noise, seeds, guidance is not None)
-        self._row, self.fallback = row, None
+        self._row, self._under_way, self.fallback = row, True, None
         if run is not None and not self.stateless:
             self._follow(run, row)
         return _result(row, fields, return_dict)
@@ -289,6 +296,7 @@ class FusedScheduler:
                 if row.refusal:
                     raise NotLinear(row.refusal)
                 write(state, row.writes, {"time": time})
+                state.update(row.plain)
                 scales.append(row.scale)
             row = rows.row_for(self, state, "step", kind, time, sample, options)
             if row.refusal:
@@ -296,6 +304,7 @@ class FusedScheduler:
             field = {k: like[row.step.dtypes[k]] for k in row.returned}
             kept = {"sample": like[sample.dtype], "model": like[kind[3]], "new": [like[dtype] for dtype in row.step.kept_dtypes]}
             write(state, row.writes, kept | {"field": field, "time": time, "shape": sample.shape})
+            state.update(row.plain)
             found.append(row)
         return found, scales or [1.0] * len(found)
 
@@ -389,6 +398,8 @@ def _run_kind(
 
 def _result(row: Row, fields: Sequence[Tensor], return_dict: bool) -> Any:
     step = row.step
+    if not return_dict and len(fields) == step.in_tuple == len(step.dtypes):
+        return tuple(fields)
     values: list[Tensor | None] = [None] * len(step.dtypes)
     for field, value in zip(row.returned, fields, strict=True):
         values[field] = value
@@ -413,7 +424,7 @@ def _scale_model_input(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> 
     stock = self.stock.scale_model_input
     timestep = args[0] if args else kwargs.get("timestep")
     # Where the stock step runs its input is stock's, to the bit; what the first step does is not known yet.
-    if self._row is None or len(args) + len(kwargs) != 1 or timestep is None or self._replaced("scale_model_input"):
+    if not self._under_way or len(args) + len(kwargs) != 1 or timestep is None or self._replaced("scale_model_input"):
         return stock(self, sample, *args, **kwargs)  # type: ignore[no-any-return]
     try:
         kind = rows.scale_kind_of(timestep, sample)
@@ -429,7 +440,9 @@ def _scale_model_input(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> 
     except NotLinear:
         self._scaling = None
         return stock(self, sample, *args, **kwargs)  # type: ignore[no-any-return]
-    write(self.__dict__, row.writes, {"time": timestep})
+    if row.writes:
+        write(self.__dict__, row.writes, {"time": timestep})
+    self.__dict__.update(row.plain)
     self._scaling = row
     return sample * row.scale
 
@@ -508,7 +521,7 @@ def fuse(stock: Any, **traits: Any) -> Any:
 
     @functools.wraps(stock.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-        self._run, self._row, self.fallback = None, None, None
+        self._run, self._under_way, self.fallback = None, False, None
         stock.set_timesteps(self, *args, **kwargs)
 
     step.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]

@@ -32,7 +32,10 @@ class Row:
     step: Any = None  # the Step
     draw: int = 0
     scale: float = 1.0  # of a row of scale_model_input
-    writes: Writes = ()
+    plain: dict[str, Any] = field(default_factory=dict)  # numbers and the like that attributes hold afterwards
+    writes: Writes = ()  # the other attributes
+    outputs: int = 0
+    slope: Tensor | None = None  # () on the CPU: the step is x + slope * m, in float32 or float64, and no more
     launches: Sequence[tuple[Tensor, Tensor, Tensor]] = ()  # coef (1, 40), index (1, 12), counter (1,)
     inputs: Sequence[Path] = ()  # the kept tensors that the launches read, slots 1 ..
     returned: Sequence[int] = ()  # the fields that are not None
@@ -47,6 +50,12 @@ class Row:
         return self
 
 
+def split(writes: Writes) -> tuple[dict[str, Any], Writes]:
+    """The attributes that are left with a number, a string or nothing, and the others."""
+    plain = {name: i.value for name, i in writes if isinstance(i, Item) and i.kind == "const" and not isinstance(i.value, Tensor)}
+    return plain, [(name, recipe) for name, recipe in writes if name not in plain]
+
+
 @functools.cache
 def _counter(device: torch.device) -> Tensor:
     return torch.zeros(1, dtype=torch.int64, device=device)
@@ -57,7 +66,8 @@ def pack(row: Row, step: Step, seeded: bool, guidance: float, device: torch.devi
 
     Raises NotLinear where the step needs more than rows hold.
     """
-    row.step, row.writes = step, step.writes
+    row.step, row.outputs = step, len(_vectors(step))
+    row.plain, row.writes = split(step.writes)
     used = sorted({term for vector in _vectors(step) for term in vector if isinstance(term, int)})
     row.inputs = [step.inputs[k] for k in used]
     row.used = _used_draw(step)
@@ -68,6 +78,10 @@ def pack(row: Row, step: Step, seeded: bool, guidance: float, device: torch.devi
     if call.model_dtype == torch.float64:
         row.work = torch.float64
     row.casts = {*step.dtypes, *step.kept_dtypes} != {row.work}
+    vector = (step.returned[0] or {}) if row.outputs == 1 else {}
+    if vector.keys() == {"x", "m"} and vector["x"] == 1.0 and not (row.writes or row.noisy or row.casts):
+        if call.sample_dtype == call.model_dtype in (torch.float32, torch.float64):
+            row.slope = torch.tensor(vector["m"], dtype=call.sample_dtype)
     slots = {k: 1 + at for at, k in enumerate(used)}
     noise: Term = "noise" if seeded else 1 + len(used)
     first = 1 + len(used) + row.noisy

@@ -32,6 +32,11 @@ _OTHER_NOISE = {torch.rand, torch.rand_like, torch.randint, torch.randint_like, 
 _CLAMP = {torch.clamp, torch.Tensor.clamp}
 _CASTS = {torch.Tensor.to, torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.type, torch.Tensor.type_as}
 _RANK = 4  # of a basis tensor
+_FORM = {  # what looks at a tensor's form alone
+    torch.Tensor.__len__, torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.dtype.__get__, torch.Tensor.device.__get__, torch.Tensor.ndim.__get__, torch.Tensor.is_floating_point,  # type: ignore[attr-defined]
+    torch.is_floating_point,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -180,15 +185,17 @@ class _Recorder(TorchFunctionMode):
         self.draws: list[tuple[Any, Any] | None] = []  # the levels of each
 
     def attach(self, shadow: Any) -> None:
-        if hasattr(shadow, "_threshold_sample"):
+        if hasattr(type(shadow), "_threshold_sample"):
             shadow.__dict__["_threshold_sample"] = lambda sample: self._threshold(sample, shadow.config)
         if "noise_sampler" in self.source.state:
             shadow.__dict__["noise_sampler"] = lambda *levels: self._noise(levels)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self.timed or self.source.loose:
+        if func not in _FORM:
             self._look(args)
+            if kwargs:
+                self._look(kwargs.values())
         if func in _RANDN:
             shape = args[0].shape if func is torch.randn_like else args if isinstance(args[0], int) else args[0]
             if tuple(shape) != tuple(self.basis.shape):
@@ -209,10 +216,11 @@ class _Recorder(TorchFunctionMode):
         for value in args:
             if value is self.timestep:
                 self.timed = True
+            elif isinstance(value, Tensor):
+                if id(value) in self.source.loose:
+                    self.source.touched.add(id(value))
             elif isinstance(value, list | tuple):
                 self._look(value)
-            elif id(value) in self.source.loose:
-                self.source.touched.add(id(value))
 
     def _noise(self, levels: Any) -> Tensor:
         if len(self.draws) == 3:
@@ -267,7 +275,7 @@ class _Leavings:
                 self._know(recorder.m, Item("model"))
         for path, tensor in source.kept.items():
             self._know(tensor, Item("held", path))
-        self.known |= {identity: Item("held", path) for identity, path in source.loose.items()}
+        self.known |= {identity: Item("held", path) for identity, path in source.loose.items()}  # tables that were moved
 
     def _know(self, tensor: Tensor, item: Item) -> None:
         if tensor._version == 0:  # not written in place
