@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .state import NotLinear, Stamps, fits
+from .state import NotLinear, Stamps, content, fits
 from .table import Row, pack, split
 from .trace import Call, Reading, trace_scale, trace_step
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MAX_ROWS = 8192
 _rows: dict[Any, list[Row]] = {}  # by what is cheap to know; which of them fits is seen from what it read
+_seen: set[int] = set()  # hashes of steps that came up without a row
 _lock = threading.Lock()
 
 
@@ -23,6 +24,7 @@ def clear() -> None:
     """Forget every row."""
     with _lock:
         _rows.clear()
+        _seen.clear()
 
 
 def when(timestep: Any, timesteps: Tensor, stamps: Stamps) -> Any:
@@ -66,11 +68,9 @@ def scale_kind_of(timestep: Any, sample: Tensor) -> tuple[Any, ...]:
     return kind_of(sample, timestep, sample, {}, False, None)
 
 
-def row_for(
-    scheduler: Any, state: Mapping[str, Any], method: str, kind: tuple[Any, ...], timestep: Any, sample: Tensor, options: Mapping[str, Any]
-) -> Row:
-    """A row of ``method`` that fits ``state``, traced if there is none yet. Raises NotLinear for a call that none can be made for."""
-    sample_dtype, device, batched, model_dtype, model_device, _, form, _, _, guidance = kind
+def check(kind: tuple[Any, ...], timestep: Any) -> None:
+    """Raise NotLinear for a call that no row can be made for."""
+    sample_dtype, device, batched, model_dtype, model_device, _, form, *_ = kind
     if sample_dtype not in DTYPES or model_dtype not in DTYPES:
         raise NotLinear(f"dtypes {sample_dtype} and {model_dtype}")
     if model_device != device:
@@ -79,11 +79,20 @@ def row_for(
         raise NotLinear("a sample of one dimension")
     if form[1] != 0 if form else not isinstance(timestep, int | float):
         raise NotLinear("a timestep that is not one number")
-    found = find(scheduler, state, method, kind, timestep, sample)
-    if found is None:
-        call = Call(timestep, options, sample_dtype, model_dtype, guidance is not None)
-        found = trace(scheduler, state, method, kind, call, sample)
-    return found
+
+
+def first_time(scheduler: Any, state: Mapping[str, Any], kind: tuple[Any, ...], timestep: Any) -> bool:
+    """Whether no step was asked about before that was of the same class and kind, at the same place of the same grid and configuration."""
+    tables = (content(t) for name in ("timesteps", "sigmas") if isinstance(t := state.get(name), Tensor) and t.is_cpu)
+    index, number = state.get("_step_index", state.get("counter")), scheduler._stamps.hashed(state["_internal_dict"])
+    key = hash((scheduler.stock, kind, index, when(timestep, state.get("timesteps"), scheduler._stamps), number, *tables))
+    if key in _seen:
+        return False
+    with _lock:
+        if len(_seen) >= 16 * _MAX_ROWS:
+            _seen.clear()
+        _seen.add(key)
+    return True
 
 
 def fit(row: Row, scheduler: Any, timestep: Any, sample: Tensor) -> bool:
@@ -102,11 +111,14 @@ def find(scheduler: Any, state: Mapping[str, Any], method: str, kind: tuple[Any,
     return None
 
 
-def trace(scheduler: Any, state: Mapping[str, Any], method: str, kind: tuple[Any, ...], call: Call, sample: Tensor) -> Row:
+def trace(
+    scheduler: Any, state: Mapping[str, Any], method: str, kind: tuple[Any, ...], timestep: Any, sample: Tensor, options: Mapping[str, Any]
+) -> Row:
     """A row of ``method`` from ``state``, traced now; where that fails, one that says why."""
     reading, row = Reading(), Row(kind=kind)
     stamps, timesteps = scheduler._stamps, state.get("timesteps")
     seeded, guidance = kind[-2:]
+    call = Call(timestep, options, kind[0], kind[3], guidance is not None)
     try:
         with torch.inference_mode(False):  # a later step may be differentiable
             if method == "step":

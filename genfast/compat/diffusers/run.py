@@ -15,7 +15,6 @@ from genfast.reference.solver_step import layout_of
 from .state import at_path, write
 from .table import Row, Table
 
-
 _SMALL = 1 << 16  # elements
 
 

@@ -57,6 +57,9 @@ class FusedScheduler:
     originals: ClassVar[dict[str, Any]]  # the same by name
     original_entries: ClassVar[dict[str, Any]]  # the stock methods that a fused class calls by name, when it was fused
 
+    # From this number of elements on a step is traced when it first comes up, smaller ones when they come up again: until then the stock
+    # step runs, which takes less time than to trace it.
+    trace_from: int = 1 << 14
     seeds: Sequence[int] | Tensor | None = None
     fallback: str | None = None
     _run: Run | None = None  # a trajectory prepared for steps that run later
@@ -133,12 +136,15 @@ class FusedScheduler:
         run = self._run
         if run is not None:
             self._settle()
+        row, reason = None, None
         try:
-            row = self._fitting(model_output, timestep, sample, traced, seeds is not None and not self.pathwise, guidance)
-            if given is not None and generator is not None and row.noisy:
+            row = self._fitting(model_output, timestep, sample, traced, seeds, guidance)
+            if given is not None and generator is not None and row is not None and row.noisy:
                 raise NotLinear("noise and a generator")  # some stock classes refuse that
         except NotLinear as error:
-            self.fallback, self._under_way, self._row, self._run = str(error), False, None, None
+            row, reason = None, str(error)
+        if row is None:
+            self.fallback, self._under_way, self._row, self._run = reason, False, None, None
             if guidance is not None:
                 uncond, cond = model_output.chunk(2)
                 model_output = uncond + guidance * (cond - uncond)
@@ -156,21 +162,30 @@ class FusedScheduler:
         return _result(row, fields, return_dict)
 
     def _fitting(
-        self, model_output: Any, timestep: Any, sample: Any, options: Mapping[str, Any], seeded: bool, guidance: float | None
-    ) -> Row:
-        """The row of this step: the one that came next last time, another one that fits, or one traced now. Raises NotLinear for none."""
+        self, model_output: Any, timestep: Any, sample: Any, options: Mapping[str, Any], seeds: Any, guidance: float | None
+    ) -> Row | None:
+        """The row of this step: the one that came next last time, another one that fits, or one traced now; None before it is worth it.
+
+        Raises NotLinear where there cannot be one.
+        """
         if not (isinstance(model_output, Tensor) and isinstance(sample, Tensor)):
             raise NotLinear("a model output or a sample that is not a tensor")
         if model_output.shape != (sample.shape if guidance is None else (2 * len(sample), *sample.shape[1:])):
             raise NotLinear(f"a model output of shape {tuple(model_output.shape)} for a sample of shape {tuple(sample.shape)}")
         if (name := self._replaced("step")) != "":
             raise NotLinear(f"a method that is not the stock class's: {name}")
-        kind = rows.kind_of(model_output, timestep, sample, options, seeded, guidance)
+        kind = rows.kind_of(model_output, timestep, sample, options, seeds is not None and not self.pathwise, guidance)
         row, last = None, self._row
         if last is not None:
             row = last.next
         if row is None or row.kind != kind or not rows.fit(row, self, timestep, sample):
-            row = rows.row_for(self, self.__dict__, "step", kind, timestep, sample, options)
+            state = self.__dict__
+            rows.check(kind, timestep)
+            row = rows.find(self, state, "step", kind, timestep, sample)
+            if row is None:
+                if seeds is None and sample.numel() < self.trace_from and rows.first_time(self, state, kind, timestep):
+                    return None
+                row = rows.trace(self, state, "step", kind, timestep, sample, options)
             if last is not None:
                 last.next = row
         if row.refusal:
@@ -289,18 +304,23 @@ class FusedScheduler:
         scales: list[float] = []
         like = {dtype: torch.zeros((), dtype=dtype, device=sample.device).expand(sample.shape) for dtype in rows.DTYPES}
         scaling = rows.scale_kind_of(timestep, sample)
+        for some in (kind, scaling):
+            rows.check(some, timestep)
+
+        def row_of(method: str, kind: tuple[Any, ...], time: Any, options: Mapping[str, Any]) -> Row:
+            row = rows.find(self, state, method, kind, time, sample) or rows.trace(self, state, method, kind, time, sample, options)
+            if row.refusal:
+                raise NotLinear(row.refusal)
+            return row
+
         for t in self.timesteps[begin:]:  # type: ignore[attr-defined]
             time = t.to(timestep.dtype) if isinstance(timestep, Tensor) else type(timestep)(t)
             if self.scaled:
-                row = rows.row_for(self, state, "scale_model_input", scaling, time, sample, {})
-                if row.refusal:
-                    raise NotLinear(row.refusal)
+                row = row_of("scale_model_input", scaling, time, {})
                 write(state, row.writes, {"time": time})
                 state.update(row.plain)
                 scales.append(row.scale)
-            row = rows.row_for(self, state, "step", kind, time, sample, options)
-            if row.refusal:
-                raise NotLinear(row.refusal)
+            row = row_of("step", kind, time, options)
             field = {k: like[row.step.dtypes[k]] for k in row.returned}
             kept = {"sample": like[sample.dtype], "model": like[kind[3]], "new": [like[dtype] for dtype in row.step.kept_dtypes]}
             write(state, row.writes, kept | {"field": field, "time": time, "shape": sample.shape})
@@ -424,7 +444,8 @@ def _scale_model_input(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> 
     stock = self.stock.scale_model_input
     timestep = args[0] if args else kwargs.get("timestep")
     # Where the stock step runs its input is stock's, to the bit; what the first step does is not known yet.
-    if not self._under_way or len(args) + len(kwargs) != 1 or timestep is None or self._replaced("scale_model_input"):
+    at_once = self._under_way or run is not None
+    if not at_once or len(args) + len(kwargs) != 1 or timestep is None or self._replaced("scale_model_input"):
         return stock(self, sample, *args, **kwargs)  # type: ignore[no-any-return]
     try:
         kind = rows.scale_kind_of(timestep, sample)
@@ -432,7 +453,9 @@ def _scale_model_input(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> 
         if last is not None:
             row = last.next
         if row is None or row.kind != kind or not rows.fit(row, self, timestep, sample):
-            row = rows.row_for(self, self.__dict__, "scale_model_input", kind, timestep, sample, {})
+            rows.check(kind, timestep)
+            place = self, self.__dict__, "scale_model_input", kind, timestep, sample
+            row = rows.find(*place) or rows.trace(*place, {})
             if last is not None:
                 last.next = row
         if row.refusal:

@@ -7,6 +7,7 @@ tables by value, the tensors that earlier steps kept by their form alone, becaus
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_numbers = itertools.count(1)
 Path = tuple[str, int | None]  # an attribute, or an element of one that is a list
 
 _PLAIN = (int, float, str, bool, type(None), np.generic, torch.dtype, torch.device)
@@ -53,6 +55,7 @@ class Config(NamedTuple):
     """A configuration: its attributes, which is how diffusers reads them (and how users edit them)."""
 
     values: dict[str, Any]
+    number: int  # of its own
 
 
 class Items(NamedTuple):
@@ -90,6 +93,8 @@ class Stamps:
     def __init__(self) -> None:
         self.known: dict[str, tuple[Tensor, int, Content]] = {}
         self.times: tuple[Content | None, list[Any]] = None, []
+        self.configuration = Config({}, 0)
+        self.hash = 0, 0
 
     def __deepcopy__(self, memo: Any) -> Stamps:
         return Stamps()
@@ -101,6 +106,19 @@ class Stamps:
         if found is None or found[0] is not value or found[1] != value._version:
             found = self.known[name] = value, value._version, content(value)
         return found[2]
+
+    def config(self, value: Any) -> Config:
+        if vars(value) != self.configuration.values:
+            values = {key: list(v) if isinstance(v, list) else v for key, v in vars(value).items()}
+            self.configuration = Config(values, next(_numbers))
+        return self.configuration
+
+    def hashed(self, value: Any) -> int:
+        """A hash of a configuration's contents."""
+        found = self.config(value)
+        if self.hash[0] != found.number:
+            self.hash = found.number, hash(repr(found.values))
+        return self.hash[1]
 
     def host(self, name: str, value: Tensor) -> list[Any]:
         """The elements of the table ``value``, held by the attribute ``name``."""
@@ -215,8 +233,7 @@ class Source:
         if isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(isinstance(v, _PLAIN) for v in value)):
             return value, value
         if name == "_internal_dict" and at is None:
-            values = {key: list(v) if isinstance(v, list) else v for key, v in vars(value).items()}
-            return value, Config(values)
+            return value, self.stamps.config(value)
         if type(value) is list and all(isinstance(v, _PLAIN) for v in value):
             return list(value), Items(tuple(value))
         if callable(value) and name in self.state["_internal_dict"]:

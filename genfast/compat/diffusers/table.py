@@ -79,9 +79,9 @@ def pack(row: Row, step: Step, seeded: bool, guidance: float, device: torch.devi
         row.work = torch.float64
     row.casts = {*step.dtypes, *step.kept_dtypes} != {row.work}
     vector = (step.returned[0] or {}) if row.outputs == 1 else {}
-    if vector.keys() == {"x", "m"} and vector["x"] == 1.0 and not (row.writes or row.noisy or row.casts):
-        if call.sample_dtype == call.model_dtype in (torch.float32, torch.float64):
-            row.slope = torch.tensor(vector["m"], dtype=call.sample_dtype)
+    exact = call.sample_dtype == call.model_dtype in (torch.float32, torch.float64) and not row.casts
+    if exact and vector.keys() == {"x", "m"} and vector["x"] == 1.0 and not (row.writes or row.noisy):
+        row.slope = torch.tensor(vector["m"], dtype=call.sample_dtype)
     slots = {k: 1 + at for at, k in enumerate(used)}
     noise: Term = "noise" if seeded else 1 + len(used)
     first = 1 + len(used) + row.noisy
@@ -187,7 +187,7 @@ def _vector(step: Step, item: Item) -> Vector:
 
 def _placed(row: Row, before: Mapping[Path, int]) -> tuple[dict[Path, int], dict[Item, int]]:
     """Where the ring holds the attributes' tensors after ``row``, and the slots that it writes. What is not held any more makes room."""
-    moved, made = dict(before), []
+    moved, made = {path: slot for path, slot in before.items() if path[0] not in row.plain}, []
     for name, recipe in row.writes:
         moved = {path: slot for path, slot in moved.items() if path[0] != name}
         for at, item in enumerate(recipe.items) if isinstance(recipe, ListOf) else [(None, recipe)]:

@@ -27,16 +27,20 @@ Term = str | int
 Vector = dict[Term, float]
 
 _SCRATCH = ("x", "m", "d", "noise0", "noise1", "noise2")
-_RANDN = {torch.randn, torch.randn_like}
-_OTHER_NOISE = {torch.rand, torch.rand_like, torch.randint, torch.randint_like, torch.randperm, torch.normal, torch.bernoulli}
-_CLAMP = {torch.clamp, torch.Tensor.clamp}
-_CASTS = {torch.Tensor.to, torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.type, torch.Tensor.type_as}
 _RANK = 4  # of a basis tensor
-_FORM = {  # what looks at a tensor's form alone
-    torch.Tensor.__len__, torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.dtype.__get__, torch.Tensor.device.__get__, torch.Tensor.ndim.__get__, torch.Tensor.is_floating_point,  # type: ignore[attr-defined]
-    torch.is_floating_point,
-}  # fmt: skip
+_RANDN = (torch.randn, torch.randn_like)
+# What the recorder does about a function: "form" is one that looks at a tensor's form alone.
+_SPECIAL: dict[Any, str] = {
+    **dict.fromkeys(_RANDN, "randn"),
+    **dict.fromkeys(
+        (torch.rand, torch.rand_like, torch.randint, torch.randint_like, torch.randperm, torch.normal, torch.bernoulli), "other_noise"
+    ),
+    **dict.fromkeys((torch.clamp, torch.Tensor.clamp), "clamp"),
+    **dict.fromkeys([getattr(torch.Tensor, name) for name in ("to", "float", "half", "bfloat16", "type", "type_as")], "cast"),
+    **dict.fromkeys([getattr(torch.Tensor, name) for name in ("__len__", "size", "dim", "numel", "is_floating_point")], "form"),
+    **dict.fromkeys([getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim")], "form"),
+    torch.is_floating_point: "form",
+}
 
 
 @dataclass(frozen=True)
@@ -191,36 +195,51 @@ class _Recorder(TorchFunctionMode):
             shadow.__dict__["noise_sampler"] = lambda *levels: self._noise(levels)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in _FORM:
+        special = _SPECIAL.get(func)  # plain code: a step makes a hundred calls
+        if special != "form":
             self._look(args)
             if kwargs:
                 self._look(kwargs.values())
-        if func in _RANDN:
-            shape = args[0].shape if func is torch.randn_like else args if isinstance(args[0], int) else args[0]
-            if tuple(shape) != tuple(self.basis.shape):
-                raise NotLinear(f"noise of shape {tuple(shape)}")
-            return self._noise(None)
-        if func in _OTHER_NOISE:
-            raise NotLinear("noise that is not normal")
-        if func in _CLAMP and args[0].shape == self.basis.shape:
-            return self._clamp(*args, **kwargs)
-        if func in _CASTS and args[0].ndim == _RANK:
-            return args[0]
-        try:
-            return func(*args, **kwargs)
-        except RuntimeError:  # a product of a vector with factors of another dtype, which has to be one of equal dtypes
-            return func(*_wide(args), **{key: _wide(value) for key, value in kwargs.items()})
+        kwargs = kwargs or {}
+        if special is None or special == "form":
+            try:
+                return func(*args, **kwargs)
+            except RuntimeError:  # a product of a vector with factors of another dtype, which has to be one of equal dtypes
+                return func(*_wide(args), **{key: _wide(value) for key, value in kwargs.items()})
+        return getattr(self, "_" + special)(func, *args, **kwargs)
 
     def _look(self, args: Any) -> None:
+        """Note which tables an operation looks into, and whether it looks at the timestep."""
         for value in args:
-            if value is self.timestep:
-                self.timed = True
-            elif isinstance(value, Tensor):
-                if id(value) in self.source.loose:
+            if isinstance(value, Tensor):
+                if value is self.timestep:
+                    self.timed = True
+                elif id(value) in self.source.loose:
                     self.source.touched.add(id(value))
             elif isinstance(value, list | tuple):
                 self._look(value)
+
+    def _randn(self, func: Any, *args: Any, **kwargs: Any) -> Tensor:
+        shape = args[0].shape if func is torch.randn_like else args if isinstance(args[0], int) else args[0]
+        if tuple(shape) != tuple(self.basis.shape):
+            raise NotLinear(f"noise of shape {tuple(shape)}")
+        return self._noise(None)
+
+    def _other_noise(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotLinear("noise that is not normal")
+
+    def _cast(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return tensor if tensor.ndim == _RANK else func(tensor, *args, **kwargs)
+
+    def _clamp(self, func: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if sample.shape != self.basis.shape:
+            clamped: Tensor = func(sample, *args, **kwargs)
+            return clamped
+        low, high = kwargs.get("min", args[0] if args else None), kwargs.get("max", args[1] if len(args) > 1 else None)
+        if low is None or high is None or float(low) != -float(high) or float(high) <= 0:
+            raise NotLinear(f"a clip to {low} .. {high}")
+        self.clip = float(high)
+        return self._predicted(sample)
 
     def _noise(self, levels: Any) -> Tensor:
         if len(self.draws) == 3:
@@ -237,13 +256,6 @@ class _Recorder(TorchFunctionMode):
             raise NotLinear("a clipped prediction that depends on more than the sample and the model output")
         self.convert = vector.get("x", 0.0), vector.get("m", 0.0)
         return self.basis.unit("d")
-
-    def _clamp(self, sample: Tensor, low: Any = None, high: Any = None, **named: Any) -> Tensor:
-        low, high = named.get("min", low), named.get("max", high)
-        if low is None or high is None or float(low) != -float(high) or float(high) <= 0:
-            raise NotLinear(f"a clip to {low} .. {high}")
-        self.clip = float(high)
-        return self._predicted(sample)
 
     def _threshold(self, sample: Tensor, config: Any) -> Tensor:
         self.quantile, self.max_threshold = float(config.dynamic_thresholding_ratio), float(config.sample_max_value)
@@ -335,9 +347,9 @@ def _form(
     They follow the way that the step took, which its configuration and the form of what it read, kept, drew and returned stand for.
     """
     kinds = tuple((name, _kind(recipe)) for name, recipe in writes)
-    found = tuple((name, repr(expected) if type(expected) is Config else _kind_read(expected)) for name, expected in reads)
+    found = tuple((name, expected.number if type(expected) is Config else _kind_read(expected)) for name, expected in reads)
     timestep = type(call.timestep), getattr(call.timestep, "dtype", None)
-    options = repr(sorted(call.options.items()))
+    options = tuple(sorted(call.options.items()))
     key = stock, found, kinds, missing, draws, options, call.sample_dtype, call.model_dtype, timestep
     if key not in _forms:
         if len(_forms) > 1000:
@@ -351,9 +363,9 @@ def _kind(recipe: Item | ListOf) -> Any:
 
 
 def _kind_read(expected: Any) -> Any:
-    if isinstance(expected, Items):
+    if type(expected) is Items:
         return tuple(map(_kind_read, expected.items))
-    return expected.dtype if isinstance(expected, Kept) else expected is None
+    return expected.dtype if type(expected) is Kept else expected is None
 
 
 def _real(stock: Any, state: Mapping[str, Any], shape: torch.Size, call: Call, writes: Writes) -> Form:
