@@ -35,7 +35,8 @@ def _components(pipe: Any) -> dict[str, Any]:
 
 def _replaced(component: Any) -> str | None:
     """An attribute of the object alone that is a method: a wrapper in the place of its class's, or one bound to this very object."""
-    for name, value in component.__dict__.items():
+    attributes: dict[str, Any] = component.__dict__
+    for name, value in attributes.items():
         if callable(value) and (hasattr(type(component), name) or getattr(value, "__self__", None) is component):
             return name
     return None
@@ -66,7 +67,7 @@ def accelerate(pipe: Any, seeds: Sequence[int] | Tensor | None = None, attention
                 left[name] = f"no fused class for {type(component).__module__}.{type(component).__name__}"
                 continue
             if (replaced := _replaced(component)) is not None:
-                left[name] = f"its {replaced} is not the class's"
+                left[name] = f"its {replaced} is a method of the object alone"
                 continue
             scheduler = object.__new__(fused)
             scheduler.__dict__.update({key: list(value) if type(value) is list else value for key, value in component.__dict__.items()})

@@ -27,7 +27,7 @@ def clear() -> None:
         _seen.clear()
 
 
-def when(timestep: Any, timesteps: Tensor, stamps: Stamps) -> Any:
+def when(timestep: Any, timesteps: Any, stamps: Stamps) -> Any:
     """The timestep on the host; for an element of ``timesteps`` on a GPU, without waiting for the device."""
     if not isinstance(timestep, Tensor):
         return timestep
@@ -104,7 +104,7 @@ def fit(row: Row, scheduler: Any, timestep: Any, sample: Tensor) -> bool:
 def find(scheduler: Any, state: Mapping[str, Any], method: str, kind: tuple[Any, ...], timestep: Any, sample: Tensor) -> Row | None:
     """A row of ``method`` that fits ``state``."""
     stamps, index = scheduler._stamps, state.get("_step_index", state.get("counter"))
-    for time in (None, when(timestep, state.get("timesteps"), stamps)):  # type: ignore[arg-type]
+    for time in (None, when(timestep, state.get("timesteps"), stamps)):
         for row in _rows.get((scheduler.stock, method, kind, index, time), ()):
             if fits(row.reads, state, sample, stamps):
                 return row
@@ -134,7 +134,7 @@ def trace(
     except Exception as error:
         row.refusal = str(error) or type(error).__name__
     row.reads = reading.reads
-    row.time = when(call.timestep, timesteps, stamps) if reading.timed else None  # type: ignore[arg-type]
+    row.time = when(call.timestep, timesteps, stamps) if reading.timed else None
     index = state.get("_step_index", state.get("counter"))
     with _lock:
         if sum(map(len, _rows.values())) >= _MAX_ROWS:

@@ -143,7 +143,8 @@ class Run:
         """Leave in ``state`` what the steps that ran on the device have left. Waits for it."""
         done = int(self.counter) // self.table.launches
         for k in range(self.k, done):
-            row, named = self.table.rows[k], {"time": timesteps[self.begin + k], "shape": self.shape, "field": {}, "new": {}}
+            row = self.table.rows[k]
+            named: dict[str, Any] = {"time": timesteps[self.begin + k], "shape": self.shape, "field": {}, "new": {}}
             for item, slot in self.table.created[k].items():
                 kept = self.ring[slot - 1]
                 if item.kind == "new":

@@ -52,7 +52,7 @@ class FusedScheduler:
     extra_names: ClassVar[tuple[str, ...]]  # the parameters of step after sample, in order
     known: ClassVar[frozenset[str]]  # the same
     methods: ClassVar[frozenset[str]]  # the stock methods that a step may call
-    own_methods: ClassVar[Callable[[Any], Any]]  # those of a class
+    own_methods: ClassVar[Any]  # those of a class: a function of it
     original_methods: ClassVar[Any]  # those of the stock class when it was fused
     originals: ClassVar[dict[str, Any]]  # the same by name
     original_entries: ClassVar[dict[str, Any]]  # the stock methods that a fused class calls by name, when it was fused
@@ -474,7 +474,8 @@ def _add_noise(self: Any, original_samples: Tensor, noise: Tensor, timesteps: Te
     """As the stock class's: its own factors, and two passes over the tensors."""
     stock = functools.partial(self.stock.add_noise, self)
     if self._replaced("add_noise"):
-        return stock(original_samples, noise, timesteps)
+        noised: Tensor = stock(original_samples, noise, timesteps)
+        return noised
     return _mix(stock, original_samples, noise, timesteps)
 
 
@@ -550,7 +551,7 @@ def fuse(stock: Any, **traits: Any) -> Any:
     step.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
     entries = [name for name in ("step", "scale_model_input", "add_noise", "scale_noise") if hasattr(stock, name)]
     methods = sorted(_called(stock, ["step", *(["scale_model_input"] if traits.get("scaled") else [])]) - {*entries, "set_timesteps"})
-    own_methods = attrgetter(*methods) if len(methods) > 1 else lambda cls: tuple(getattr(cls, name) for name in methods)
+    own_methods: Any = attrgetter(*methods) if len(methods) > 1 else lambda cls: tuple(getattr(cls, name) for name in methods)
     body = {
         "__module__": stock.__module__,
         "__doc__": stock.__doc__,

@@ -276,7 +276,7 @@ def shadow_of(stock: type, source: Source) -> Any:
                 return value
             if not name.startswith("__"):
                 source.reads[name] = Absent
-            return super(_shadows[stock], self).__getattr__(name)  # type: ignore[misc]
+            return stock.__getattr__(self, name)  # type: ignore[attr-defined]
 
         _shadows[stock] = type(stock.__name__, (stock,), {"__getattr__": __getattr__, "__module__": stock.__module__})
     shadow: Any = object.__new__(_shadows[stock])
