@@ -152,6 +152,17 @@ def test_a_change_on_the_way_is_seen(name: str, change: Callable[[Any], None]) -
     assert_same(both(lambda s: changed_between(s, change), name))
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_tables_of_inference_mode_edited_in_place(name: str) -> None:
+    """They have no version counter; a whole pipeline often runs in that mode."""
+    with torch.inference_mode():
+        assert_same(both(lambda s: changed_between(s, edit_tables_in_place), name))
+        s = make(fused, name)
+        s.set_timesteps(STEPS)
+        run(s, start(s), s.timesteps, gen())
+        assert s.fallback is None
+
+
 def test_the_changes_matter() -> None:
     """Each of them makes another picture, of stock's, with some class: what is compared above differs."""
     for change in CHANGES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -107,6 +107,7 @@ class Run:
     k: int = 0
     on_device: bool = False  # deferred steps have run: only the counter knows the next one
     attached: bool = False  # what is kept is part of an autograd graph
+    left: dict[str, Any] = field(default_factory=dict)  # what the attributes held when they were last those of step `k`
 
     def __getstate__(self) -> dict[str, Any]:
         # torch.save cannot write a memory format.
@@ -138,9 +139,30 @@ class Run:
                     self.ring[slot - 1].copy_(kept)
                 self.attached |= kept.requires_grad
         self.counter.fill_(self.k * self.table.launches)
+        self.left = self._now(state)
+
+    def _now(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """What the attributes that the steps write hold, by identity and version."""
+        now = {}
+        for name in {name for row in self.table.rows for name in (*row.plain, *(name for name, _ in row.writes))}:
+            value = state.get(name)
+            items = value if type(value) is list else [value]
+            now[name] = [(i, i._version if isinstance(i, Tensor) and not i.is_inference() else 0) for i in items]
+        return now
+
+    def _check_untouched(self, state: Mapping[str, Any]) -> None:
+        for name, now in self._now(state).items():
+            was = self.left[name]
+            if len(was) != len(now) or any(a is not b or m != n for (a, m), (b, n) in zip(was, now, strict=True)):
+                got = "a change while the attributes were behind the steps that ran under torch.compile or in a CUDA graph"
+                raise ValueError(f"{name}: got {got}, supported: one after _step_index was read")
 
     def settle(self, state: dict[str, Any], timesteps: Tensor) -> None:
-        """Leave in ``state`` what the steps that ran on the device have left. Waits for it."""
+        """Leave in ``state`` what the steps that ran on the device have left. Waits for it.
+
+        Raises ValueError if somebody changed one of the attributes meanwhile.
+        """
+        self._check_untouched(state)
         done = int(self.counter) // self.table.launches
         for k in range(self.k, done):
             row = self.table.rows[k]
@@ -155,4 +177,4 @@ class Run:
                     named[item.kind][item.value] = kept
             write(state, row.writes, named)
             state.update(row.plain)
-        self.k, self.on_device = done, False
+        self.k, self.on_device, self.left = done, False, self._now(state)

@@ -202,6 +202,7 @@ class Source:
         self.reads: dict[str, Any] = {}
         self.copies: dict[str, Any] = {}  # what the shadow got; of a list, its first elements
         self.loose: dict[int, Path] = {}  # the copies of tables, by identity
+        self.versions: dict[int, int] = {}
         self.touched: set[int] = set()  # those of them that an operation looked into
         self.calls: dict[str, list[tuple[tuple[Any, ...], Any]]] = {}  # of functions
 
@@ -225,7 +226,7 @@ class Source:
                 return self.kept[path], Kept(value.dtype)
             if value.ndim <= 1:
                 copy = value.detach().to("cpu", copy=True)
-                self.loose[id(copy)] = path
+                self.loose[id(copy)], self.versions[id(copy)] = path, copy._version  # of a tensor from inference mode not 0
                 return copy, Form(value.dtype, value.shape)
             raise NotLinear(f"a tensor of shape {tuple(value.shape)} in {name}")
         if isinstance(value, np.ndarray):

@@ -304,7 +304,7 @@ class _Leavings:
                 same = value is before
                 if not (same and items == tuple(map(self._unchanged, range(len(first)), first, [name] * len(first)))):
                     writes.append((name, ListOf(items, same)))
-            elif value is not before or (isinstance(value, Tensor) and value._version > 0):
+            elif value is not before or (isinstance(value, Tensor) and value._version != self.source.versions.get(id(value), 0)):
                 if isinstance(value, Tensor) and value is before and value.ndim <= 1:
                     raise NotLinear(f"a step that edits {name} in place")
                 writes.append((name, self._item(value)))
