@@ -184,3 +184,31 @@ def test_a_change_of_attributes_that_are_behind_is_refused(change: Any) -> None:
     with pytest.raises(ValueError, match=r"^(model_outputs|lower_order_nums): got a change while the attributes were behind"):
         denoise(s, x, s.timesteps[4])
     torch._dynamo.reset()
+
+
+def test_a_capture_without_preparation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = make(fused, "DPMSolverMultistepScheduler")
+    s.set_timesteps(12)
+    x = denoise(s, start(s), s.timesteps[0])
+    monkeypatch.setattr(room, "_deferred", lambda sample: True)
+    with pytest.raises(ValueError, match=r"^step: got steps that are not prepared, in a CUDA graph capture"):
+        denoise(s, x, s.timesteps[1])
+
+
+def test_an_index_set_between_compiled_steps() -> None:
+    """What was prepared is for other steps; prepared again, the trajectory goes on from the index, with what was kept."""
+    s, at_once = (make(fused, "DPMSolverMultistepScheduler") for _ in range(2))
+    x = y = start(s)
+    torch._dynamo.reset()
+    step = torch.compile(lambda x, t: denoise(s, x, t), backend="eager", fullgraph=True)
+    for scheduler in (s, at_once):
+        scheduler.set_timesteps(12)
+    s.prepare(x)
+    with torch.no_grad():
+        for k, index in ((0, 0), (1, 1), (2, 2), (1, 1), (2, 2)):
+            if k == 1 and s._step_index == 3:
+                s._step_index = at_once._step_index = index
+                s.prepare(x)
+            x, y = step(x, s.timesteps[k]), denoise(at_once, y, at_once.timesteps[k])
+            assert torch.equal(x, y)
+    torch._dynamo.reset()

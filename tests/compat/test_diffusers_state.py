@@ -212,6 +212,19 @@ def test_a_scheduler_inside_a_scheduler_is_left_alone(order: int) -> None:
     assert "solver_p" in s.fallback
 
 
+def test_arrays_in_the_configuration_and_for_an_index() -> None:
+    """They cannot be compared as a number is; two schedulers have two arrays."""
+    outcomes = []
+    for module in (diffusers, fused):
+        for _ in range(2):
+            s = module.EulerDiscreteScheduler(trained_betas=np.linspace(1e-4, 0.02, 1000, dtype=np.float32))
+            s.set_timesteps(STEPS)
+            out = run(s, start(s), s.timesteps[:3])
+            s._step_index = np.array(2)
+            outcomes.append(out + run(s, out[-1][0], s.timesteps[2:3]))
+    assert all(difference(outcomes[0], other) < 4e-5 for other in outcomes[1:])
+
+
 # What a step leaves
 
 

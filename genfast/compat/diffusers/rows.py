@@ -84,7 +84,7 @@ def check(kind: tuple[Any, ...], timestep: Any) -> None:
 def first_time(scheduler: Any, state: Mapping[str, Any], kind: tuple[Any, ...], timestep: Any) -> bool:
     """Whether no step was asked about before that was of the same class and kind, at the same place of the same grid and configuration."""
     tables = (content(t) for name in ("timesteps", "sigmas") if isinstance(t := state.get(name), Tensor) and t.is_cpu)
-    index, number = state.get("_step_index", state.get("counter")), scheduler._stamps.hashed(state["_internal_dict"])
+    index, number = _index(state), scheduler._stamps.hashed(state["_internal_dict"])
     key = hash((scheduler.stock, kind, index, when(timestep, state.get("timesteps"), scheduler._stamps), number, *tables))
     if key in _seen:
         return False
@@ -101,9 +101,14 @@ def fit(row: Row, scheduler: Any, timestep: Any, sample: Tensor) -> bool:
     return (row.time is None or row.time == when(timestep, state.get("timesteps"), stamps)) and fits(row.reads, state, sample, stamps)
 
 
+def _index(state: Mapping[str, Any]) -> int | None:
+    index = state.get("_step_index", state.get("counter"))
+    return index if isinstance(index, int) else None
+
+
 def find(scheduler: Any, state: Mapping[str, Any], method: str, kind: tuple[Any, ...], timestep: Any, sample: Tensor) -> Row | None:
     """A row of ``method`` that fits ``state``."""
-    stamps, index = scheduler._stamps, state.get("_step_index", state.get("counter"))
+    stamps, index = scheduler._stamps, _index(state)
     for time in (None, when(timestep, state.get("timesteps"), stamps)):
         for row in _rows.get((scheduler.stock, method, kind, index, time), ()):
             if fits(row.reads, state, sample, stamps):
@@ -135,7 +140,7 @@ def trace(
         row.refusal = str(error) or type(error).__name__
     row.reads = reading.reads
     row.time = when(call.timestep, timesteps, stamps) if reading.timed else None
-    index = state.get("_step_index", state.get("counter"))
+    index = _index(state)
     with _lock:
         if sum(map(len, _rows.values())) >= _MAX_ROWS:
             _rows.clear()

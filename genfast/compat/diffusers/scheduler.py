@@ -78,6 +78,7 @@ class FusedScheduler:
     @_step_index.setter
     def _step_index(self, value: int | None) -> None:
         self._settle()
+        self._run = None  # prepared steps would go on from where they were
         self.__dict__["_step_index"] = value
 
     @functools.cached_property
@@ -253,6 +254,8 @@ class FusedScheduler:
         """For a compiler or a CUDA graph: nothing depends on which step it is but the device's counter."""
         run = self._run
         if run is None or not self._goes_on(run) or run.kind != _run_kind(model_output, timestep, sample, options, seeds, guidance):
+            if not torch.compiler.is_compiling():
+                raise ValueError("step: got steps that are not prepared, in a CUDA graph capture, supported there: prepare(sample) before")
             run = self._start(model_output, timestep, sample, options, seeds, guidance)
         several = run is not None and len({row.returned for row in run.table.rows}) > 1
         if run is None or several or any(row.noisy for row in run.table.rows):

@@ -108,7 +108,7 @@ class Stamps:
         return found[2]
 
     def config(self, value: Any) -> Config:
-        if vars(value) != self.configuration.values:
+        if _differ(vars(value), self.configuration.values):
             values = {key: list(v) if isinstance(v, list) else v for key, v in vars(value).items()}
             self.configuration = Config(values, next(_numbers))
         return self.configuration
@@ -128,6 +128,13 @@ class Stamps:
         return self.times[1]
 
 
+def _differ(a: Any, b: Any) -> bool:
+    try:
+        return bool(a != b)
+    except (ValueError, RuntimeError):  # two arrays or tensors among them, which are not one object
+        return True
+
+
 def fits(reads: Reads, state: Mapping[str, Any], sample: Tensor, stamps: Stamps) -> bool:
     """Whether ``state`` holds what was read."""
     get = state.get
@@ -137,7 +144,7 @@ def fits(reads: Reads, state: Mapping[str, Any], sample: Tensor, stamps: Stamps)
             continue
         kind = type(expected)
         if kind is Config:
-            if getattr(value, "__dict__", None) != expected[0]:
+            if _differ(getattr(value, "__dict__", None), expected[0]):
                 return False
         elif kind is Content:
             if type(value) is Tensor and value.dtype is expected[0] and value.is_cpu:
