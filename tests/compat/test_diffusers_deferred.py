@@ -133,3 +133,82 @@ def test_one_recorded_step_serves_every_step(name: str, monkeypatch: pytest.Monk
         t.copy_(timestep)
         graph.replay()
         assert torch.equal(x, states[k + 1])
+
+
+@pytest.mark.parametrize("name", [*ONE_GRAPH, "DEISMultistepScheduler", "LMSDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"])
+def test_the_attributes_catch_up_with_the_graph(name: str) -> None:
+    """Half a trajectory compiled: then they are what the same steps leave that run at once, and what they keep may be edited."""
+    options = {"seeds": [3, 4]} if name in NOISY else {}
+    pair = [make(fused, name) for _ in range(2)]
+    xs = []
+    torch._dynamo.reset()
+    for k, s in enumerate(pair):
+        s.set_timesteps(12)
+        x = start(s)
+        s.prepare(x, **options)
+        step = torch.compile(lambda x, t, s=s: denoise(s, x, t, **options), backend="eager", fullgraph=True) if k else None
+        with torch.no_grad():
+            for t in s.timesteps[:5]:
+                x = step(x, t) if step else denoise(s, x, t, **options)
+        assert getattr(s, "_step_index", None) in (None, 5)
+        xs.append(x)
+    for attribute, expected in pair[0].__dict__.items():
+        if attribute.startswith("_") or attribute in ("fallback", "seeds"):
+            continue
+        found = pair[1].__dict__[attribute]
+        values = zip(expected, found, strict=True) if isinstance(expected, list) else [(expected, found)]
+        assert all(torch.equal(e, f) if isinstance(e, Tensor) and e.ndim != 1 else type(e) is type(f) for e, f in values), attribute
+    for s in pair:
+        for value in s.__dict__.values():
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, Tensor) and item.shape == x.shape:
+                    item.mul_(0.5)
+    for t in pair[0].timesteps[5:]:
+        xs = [denoise(s, x, t, **options) for s, x in zip(pair, xs, strict=True)]
+        assert torch.equal(*xs)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("change", [lambda s: s.model_outputs.__setitem__(0, 0), lambda s: setattr(s, "lower_order_nums", 1)])
+def test_a_change_of_attributes_that_are_behind_is_refused(change: Any) -> None:
+    s = make(fused, "DPMSolverMultistepScheduler")
+    s.set_timesteps(12)
+    x = start(s)
+    s.prepare(x)
+    torch._dynamo.reset()
+    step = torch.compile(lambda x, t: denoise(s, x, t), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for t in s.timesteps[:4]:
+            x = step(x, t)
+    change(s)
+    with pytest.raises(ValueError, match=r"^(model_outputs|lower_order_nums): got a change while the attributes were behind"):
+        denoise(s, x, s.timesteps[4])
+    torch._dynamo.reset()
+
+
+def test_a_capture_without_preparation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = make(fused, "DPMSolverMultistepScheduler")
+    s.set_timesteps(12)
+    x = denoise(s, start(s), s.timesteps[0])
+    monkeypatch.setattr(room, "_deferred", lambda sample: True)
+    with pytest.raises(ValueError, match=r"^step: got steps that are not prepared, in a CUDA graph capture"):
+        denoise(s, x, s.timesteps[1])
+
+
+def test_an_index_set_between_compiled_steps() -> None:
+    """What was prepared is for other steps; prepared again, the trajectory goes on from the index, with what was kept."""
+    s, at_once = (make(fused, "DPMSolverMultistepScheduler") for _ in range(2))
+    x = y = start(s)
+    torch._dynamo.reset()
+    step = torch.compile(lambda x, t: denoise(s, x, t), backend="eager", fullgraph=True)
+    for scheduler in (s, at_once):
+        scheduler.set_timesteps(12)
+    s.prepare(x)
+    with torch.no_grad():
+        for k, index in ((0, 0), (1, 1), (2, 2), (1, 1), (2, 2)):
+            if k == 1 and s._step_index == 3:
+                s._step_index = at_once._step_index = index
+                s.prepare(x)
+            x, y = step(x, s.timesteps[k]), denoise(at_once, y, at_once.timesteps[k])
+            assert torch.equal(x, y)
+    torch._dynamo.reset()

@@ -206,7 +206,7 @@ def test_same_picture(family):
     assert {"scheduler"} < set(report.swapped) and not report.left  # the networks' attention too
     assert isinstance(pipe.scheduler, gfd.FusedScheduler) and pipe.scheduler.stock is type(stock)
     got = draw(pipe, options)
-    assert pipe.scheduler.fallback is None and pipe.scheduler._run is not None
+    assert pipe.scheduler.fallback is None and pipe.scheduler._row is not None
     assert_same(got, expected)
     gfd.restore(pipe)
     assert pipe.scheduler is stock

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+import genfast.compat.diffusers as fused
+from genfast.compat.diffusers import rows
 from genfast.compat.diffusers import table as tables
 from genfast.compat.diffusers.scheduler import fuse
-from genfast.compat.diffusers.trace import NotLinear, Trace, trace
+from genfast.compat.diffusers.state import NotLinear
 
 SHAPE = (2, 3, 4, 4)
 
@@ -106,34 +107,31 @@ def test_what_rows_can_hold_is_held(change: Any) -> None:
     scheduler = fuse(stock, scaled=True)()
     found = states(scheduler)
     assert scheduler.fallback is None
-    assert scheduler._run.table.launches == (2 if change is _half_kept else 1)
+    assert len(scheduler._row.launches) == (2 if change is _half_kept else 1)
     for u, v in zip(expected, found, strict=True):
         assert float((u - v).abs().max()) < 2e-5 * max(1.0, float(u.abs().max()))
 
 
-def traced(stock: type, steps: int = 4, **config: Any) -> Trace:
-    s = stock(**config)
+def traced(name: str, steps: int = 4, **config: Any) -> tuple[Any, list[tables.Row], list[float]]:
+    """A fused scheduler, the rows of its trajectory and the factors of its scale_model_input."""
+    s = getattr(fused, name)(**config)
     s.set_timesteps(steps)
-    state = s.__dict__ | ({"_step_index": None, "_begin_index": 0} if "_step_index" in s.__dict__ else {})
-    return trace(
-        stock, state, list(s.timesteps), {}, scaled=hasattr(s, "is_scale_input_called"), kept_shape=SHAPE,
-        sample_dtype=torch.float32, model_dtype=torch.float32,
-    )  # fmt: skip
+    x, t = torch.zeros(SHAPE), s.timesteps[0]
+    return s, *s._rows_to_come(0, rows.kind_of(x, t, x, {}, False, None), t, x, {})
 
 
 def test_a_trace_is_the_formula() -> None:
     """Euler: x + (sigma' - sigma) eps, and its input scale; DDIM's clipped x0 of equation 12 (Song et al. 2021)."""
-    s = EulerDiscreteScheduler()
-    s.set_timesteps(4)
+    s, found, scales = traced("EulerDiscreteScheduler")
     sigmas = s.sigmas.double().tolist()
-    for k, step in enumerate(traced(EulerDiscreteScheduler).steps):
-        vector = step.returned[0]
+    for k, (row, scale) in enumerate(zip(found, scales, strict=True)):
+        vector = row.step.returned[0]
         assert vector == {"x": 1.0, "m": pytest.approx(sigmas[k + 1] - sigmas[k], rel=1e-6)}
-        assert step.scale == pytest.approx((sigmas[k] ** 2 + 1) ** -0.5, rel=1e-6)
-        assert not step.draws
-    d = DDIMScheduler()
-    d.set_timesteps(4)
-    for t, step in zip(d.timesteps.tolist(), traced(DDIMScheduler).steps, strict=True):
+        assert scale == pytest.approx((sigmas[k] ** 2 + 1) ** -0.5, rel=1e-6)
+        assert not row.step.draws
+    d, found, _ = traced("DDIMScheduler")
+    for t, row in zip(d.timesteps.tolist(), found, strict=True):
+        step = row.step
         a = float(d.alphas_cumprod[t])
         before = float(d.alphas_cumprod[t - 250]) if t >= 250 else float(d.final_alpha_cumprod)
         assert step.clip == 1.0
@@ -143,21 +141,21 @@ def test_a_trace_is_the_formula() -> None:
         assert step.returned[0] == {term: c for term, c in expected.items() if before < 1 or term == "d"}
 
 
-def test_what_no_later_step_reads_is_not_kept() -> None:
-    """DPM-Solver++ 2M needs one prediction of the step before; the last step keeps nothing."""
-    steps = traced(DPMSolverMultistepScheduler)
-    live = tables._live(steps)
-    assert [len(alive) for alive in live] == [1, 1, 0, 0]  # the last step is of first order
-    assert tables.build(steps, seeded=False, guidance=1.0, wide=torch.float32, device=torch.device("cpu")).ring == 1
+def test_what_is_kept_is_what_the_attributes_hold() -> None:
+    """DPM-Solver++ 2M holds two predictions and reads one of them; a prepared trajectory has a slot of its ring for either."""
+    _, found, _ = traced("DPMSolverMultistepScheduler")
+    assert [len(row.inputs) for row in found] == [0, 1, 1, 0]  # the last step is of first order
+    assert [len(row.step.kept) for row in found] == [1, 1, 1, 1]
+    table = tables.table(found, [], seeded=False, guidance=1.0, device=torch.device("cpu"))
+    assert table.ring == 2 and [len(held) for held in table.held] == [0, 1, 2, 2, 2]
+    for held in table.held[2:]:
+        assert {*held} == {("model_outputs", 0), ("model_outputs", 1)} and {*held.values()} == {1, 2}
 
 
 def test_a_ring_larger_than_the_slots() -> None:
     """Sixteen slots hold the sample, what is kept and what is returned."""
-    value = SimpleNamespace(returned=({"x": 1.0, 0: 1.0},), draws=(), convert=(0.0, 0.0), clip=0.0, quantile=0.0, max_threshold=1.0)
-    first = SimpleNamespace(**{**vars(value), "returned": ({"x": 1.0},), "kept": {k: {"m": float(k + 1)} for k in range(15)}})
-    rest = [SimpleNamespace(**{**vars(value), "returned": ({"x": 1.0, k: 1.0},), "kept": {}}) for k in range(15)]
-    with pytest.raises(NotLinear, match="15 tensors kept between steps"):
-        tables.build(
-            SimpleNamespace(steps=[first, *rest], initial={}),  # type: ignore[arg-type]
-            seeded=False, guidance=1.0, wide=torch.float32, device=torch.device("cpu"),
-        )  # fmt: skip
+    _, found, _ = traced("EulerDiscreteScheduler")
+    paths = [("kept", k) for k in range(14)]
+    with pytest.raises(NotLinear, match="14 tensors kept between steps"):
+        tables.table(found, paths, seeded=False, guidance=1.0, device=torch.device("cpu"))
+    assert tables.table(found, paths[:13], seeded=False, guidance=1.0, device=torch.device("cpu")).ring == 13

@@ -33,6 +33,15 @@ def _components(pipe: Any) -> dict[str, Any]:
     return components
 
 
+def _replaced(component: Any) -> str | None:
+    """An attribute of the object alone that is a method: a wrapper in the place of its class's, or one bound to this very object."""
+    attributes: dict[str, Any] = component.__dict__
+    for name, value in attributes.items():
+        if callable(value) and (hasattr(type(component), name) or getattr(value, "__self__", None) is component):
+            return name
+    return None
+
+
 def accelerate(pipe: Any, seeds: Sequence[int] | Tensor | None = None, attention: bool = True) -> Report:
     """Give every stock scheduler of a diffusers pipeline its fused class, in place, and its networks genfast's attention.
 
@@ -57,8 +66,11 @@ def accelerate(pipe: Any, seeds: Sequence[int] | Tensor | None = None, attention
             if fused is None or fused.stock is not type(component):
                 left[name] = f"no fused class for {type(component).__module__}.{type(component).__name__}"
                 continue
+            if (replaced := _replaced(component)) is not None:
+                left[name] = f"its {replaced} is a method of the object alone"
+                continue
             scheduler = object.__new__(fused)
-            scheduler.__dict__.update({key: value for key, value in component.__dict__.items() if key != "_step_index"})
+            scheduler.__dict__.update({key: list(value) if type(value) is list else value for key, value in component.__dict__.items()})
             scheduler.seeds = seeds
             originals[name] = component
             setattr(pipe, name, scheduler)

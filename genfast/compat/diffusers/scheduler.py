@@ -1,22 +1,22 @@
 """Stock scheduler classes whose step is one kernel launch.
 
-A fused class is a subclass of the installed stock class: configuration, tables, timesteps and attributes are diffusers' own. On the first
-step of a trajectory the stock step is traced (trace.py) into a table of coefficient rows (table.py); that step and every one after it
-execute their row. What a row cannot hold runs the stock step, and `FusedScheduler.fallback` says why.
+A fused class is a subclass of the installed stock class: configuration, tables, timesteps and attributes are diffusers' own, before a step
+and after it. A step is traced (trace.py) into a row of coefficients (table.py) from the attributes as they are; the row serves wherever
+everything that the step read is as it was (state.py). What a row cannot hold runs the stock step on the same attributes, and
+`FusedScheduler.fallback` says why.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import logging
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from operator import attrgetter
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -27,15 +27,12 @@ from genfast.ops._checks import check_seeds
 from genfast.reference.solver_step import layout_of
 from genfast.samplers import BrownianPath
 
-from .run import Run
-from .table import Table, build
-from .trace import NotLinear, trace
+from . import rows
+from .run import Run, execute
+from .state import NotLinear, Stamps, kept_paths, write
+from .table import Row, table
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_OWN = ("_run", "_index", "fallback", "seeds")  # what a fused class adds to the stock class's attributes
-_MAX_TABLES = 64
-_tables: OrderedDict[Any, Table | str] = OrderedDict()  # by what they were made from; a string says why there is none
-_tables_lock = threading.Lock()
+_CACHES = ("_run", "_row", "_scaling", "_stamps", "_checked", "_seed_path")  # what a fused class can make again
 
 
 class FusedScheduler:
@@ -51,54 +48,68 @@ class FusedScheduler:
     traced: ClassVar[Any]  # the stock class, or one of equal steps that is quicker to trace
     pathwise: ClassVar[bool] = False  # the noise of a step comes from a path
     stateless: ClassVar[bool] = False  # a step depends on its timestep alone
-    timed: ClassVar[bool] = False  # a step reads its timestep even where it counts its steps
     scaled: ClassVar[bool] = False  # scale_model_input is not the identity
-    lasting: ClassVar[str] = ""  # an attribute, a list of tensors, that a trajectory leaves to the next one
     extra_names: ClassVar[tuple[str, ...]]  # the parameters of step after sample, in order
     known: ClassVar[frozenset[str]]  # the same
+    methods: ClassVar[frozenset[str]]  # the stock methods that a step may call
+    own_methods: ClassVar[Any]  # those of a class: a function of it
+    original_methods: ClassVar[Any]  # those of the stock class when it was fused
+    originals: ClassVar[dict[str, Any]]  # the same by name
+    original_entries: ClassVar[dict[str, Any]]  # the stock methods that a fused class calls by name, when it was fused
 
+    # From this number of elements on a step is traced when it first comes up, smaller ones when they come up again: until then the stock
+    # step runs, which takes less time than to trace it.
+    trace_from: int = 1 << 14
     seeds: Sequence[int] | Tensor | None = None
     fallback: str | None = None
-    _run: Run | None = None
-    _index: int | None = None
+    _run: Run | None = None  # a trajectory prepared for steps that run later
+    _under_way: bool = False  # the last step of the trajectory was a row
+    _row: Row | None = None  # it, or the last of the trajectory before
+    _scaling: Row | None = None  # the last row of scale_model_input
+    _checked: tuple[Any, Tensor] | None = None  # seeds that were checked, and the tensor of them
+    _seed_path: tuple[Tensor, torch.Size, BrownianPath] | None = None
 
     @property
     def _step_index(self) -> int | None:
-        run = self._run
-        return self._index if run is None or self.stateless else run.begin + int(run.counter) // run.table.launches
+        self._settle()
+        index: int | None = self.__dict__.get("_step_index")
+        return index
 
     @_step_index.setter
     def _step_index(self, value: int | None) -> None:
+        self._settle()
+        self._run = None  # prepared steps would go on from where they were
+        self.__dict__["_step_index"] = value
+
+    @functools.cached_property
+    def _stamps(self) -> Stamps:
+        return Stamps()
+
+    def _settle(self) -> None:
+        """Let the attributes catch up with steps that ran on the device alone."""
         run = self._run
-        if value is not None and run is not None:
-            if run.table.ring and 0 < run.k < len(run.times) and value != self._step_index:
-                raise ValueError(f"_step_index: got {value}, supported: {self._step_index}, because the steps keep tensors, and None")
-            run.k = value - run.begin
-            run.counter.fill_(run.k * run.table.launches)
-        if value is None and run is not None and self.lasting and (k := int(run.counter) // run.table.launches):
-            held = run.table.trace.steps[k - 1].held
-            kept = [run.ring[run.table.slots[number] - 1] for (name, _), number in held.items() if name == self.lasting]
-            setattr(self, self.lasting, kept)
-        self._index = value
-        if value is None:
-            self._run, self.fallback = None, None
+        if run is not None and run.on_device and not self.stateless:
+            run.settle(self.__dict__, self.timesteps)  # type: ignore[attr-defined]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The class bears the stock class's name and module, so that what is saved loads where genfast is absent.
-        return _rebuild, (type(self).__name__, self.__dict__)
+        self._settle()
+        state = {name: value for name, value in self.__dict__.items() if name not in _CACHES}
+        return _rebuild, (type(self).__name__, state)
 
     def prepare(self, sample: Tensor, model_dtype: torch.dtype | None = None, **options: Any) -> None:
-        """Make the tables and buffers for steps on tensors like ``sample`` (B, \\*sample), so that none is left to make in `step`.
+        """Make the tables and buffers of the steps to come, on tensors like ``sample`` (B, \\*sample).
 
-        Needed before `step` is compiled or captured in a CUDA graph without a first step outside. ``options`` are those of `step`.
+        Needed before `step` is compiled in one graph or captured in a CUDA graph. ``options`` are those of `step`.
         Raises ValueError where the kernel cannot execute the steps.
         """
         seeds, guidance = options.pop("seeds", self.seeds), options.pop("guidance_scale", None)
         copies = 1 if guidance is None else 2
         model_output = sample.new_empty((copies * len(sample), *sample.shape[1:]), dtype=model_dtype or sample.dtype)
-        timestep = self.timesteps[getattr(self, "begin_index", None) or 0]  # type: ignore[attr-defined]
         if "is_scale_input_called" in self.__dict__:
             self.is_scale_input_called = True  # it is called in the graph
+        self._settle()
+        timestep = self.timesteps[self._at(None)]  # type: ignore[attr-defined]
         if self._start(model_output, timestep, sample, options, seeds, guidance) is None:
             raise ValueError(f"step: got {self.fallback}, supported here: steps that the kernel can execute")
 
@@ -109,83 +120,118 @@ class FusedScheduler:
             if len(names) < len(args) or not options.keys().isdisjoint(names):
                 return self.stock.step(self, model_output, timestep, sample, *args, **options)  # raises TypeError
             options.update(zip(names, args, strict=True))
-        if not options.keys() <= self.known:
-            return self.stock.step(self, model_output, timestep, sample, **options)  # raises TypeError
-        traced = dict(options)
-        return_dict, generator = traced.pop("return_dict", True), traced.pop("generator", None)
-        given = traced.pop("variance_noise", None)
-        seeds = seeds if given is None else None
-        run = self._run
-        if run is None or not self._goes_on(run) or run.kind != _kind(model_output, timestep, sample, traced, seeds, guidance):
-            run = self._start(model_output, timestep, sample, traced, seeds, guidance)
+        traced, return_dict, generator, given = {}, True, None, None
+        for name, value in options.items():
+            if name == "return_dict":
+                return_dict = value
+            elif name == "generator":
+                generator = value
+            elif name == "variance_noise":
+                given, seeds = value, seeds if value is None else None
+            else:
+                traced[name] = value
+            if name not in self.known:
+                return self.stock.step(self, model_output, timestep, sample, **options)  # raises TypeError
         if _deferred(sample):
-            return self._deferred_step(run, model_output, timestep, sample, return_dict)
-        k = None if run is None or (self.stateless and given is not None and generator is not None) else self._position(run, timestep)
-        if run is None or k is None:
+            return self._deferred_step(model_output, timestep, sample, traced, seeds, guidance, return_dict)
+        run = self._run
+        if run is not None:
+            self._settle()
+        row, reason = None, None
+        try:
+            row = self._fitting(model_output, timestep, sample, traced, seeds, guidance)
+            if given is not None and generator is not None and row is not None and row.noisy:
+                raise NotLinear("noise and a generator")  # some stock classes refuse that
+        except NotLinear as error:
+            row, reason = None, str(error)
+        if row is None:
+            self.fallback, self._under_way, self._row, self._run = reason, False, None, None
             if guidance is not None:
                 uncond, cond = model_output.chunk(2)
                 model_output = uncond + guidance * (cond - uncond)
             with nullcontext() if seeds is None else _NoNoise(self.fallback):
                 return self.stock.step(self, model_output, timestep, sample, **options)
-        noise = (
-            self._noise(run, k, model_output, sample, generator) if given is None else given.expand_as(sample) if run.table.noisy else None
-        )
-        return _result(run.table, run.table.returned[k], run.execute(k, model_output, sample, noise), return_dict)
+        seeds = None if seeds is None else self._seed_tensor(seeds, sample)
+        if given is not None:
+            noise = given.expand_as(sample) if row.noisy else None
+        else:
+            noise = self._noise(row, model_output, sample, generator, seeds) if row.noisy or self.pathwise else None
+        fields = execute(row, self.__dict__, model_output, timestep, sample, noise, seeds, guidance is not None)
+        self._row, self._under_way, self.fallback = row, True, None
+        if run is not None and not self.stateless:
+            self._follow(run, row)
+        return _result(row, fields, return_dict)
 
-    def _deferred_step(self, run: Run | None, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool) -> Any:
-        """For a compiler or a CUDA graph: nothing depends on which step it is but the device's counter."""
-        if run is None or run.table.noisy or len(set(run.table.returned)) > 1:
-            reason = self.fallback if run is None else "noise from a torch.Generator" if run.table.noisy else "steps of different results"
-            where = "under torch.compile and in CUDA graphs"
-            raise ValueError(f"step: got {reason} {where}, supported there: seeds= and steps that the kernel can execute")
-        if _autograd.wanted((sample, model_output, *run.ring)):
-            raise ValueError("step: got a tensor that requires grad under torch.compile, supported: tensors without, or the step outside")
-        run.on_device = True
-        if self.stateless:
-            match = run.timesteps == timestep
-            row = torch.where(match.any(), match.to(torch.uint8).argmax(), len(match)) * run.table.launches
-            run.counter.copy_(row)
-        return _result(run.table, run.table.returned[0], run.execute_any(model_output, sample), return_dict)
+    def _fitting(
+        self, model_output: Any, timestep: Any, sample: Any, options: Mapping[str, Any], seeds: Any, guidance: float | None
+    ) -> Row | None:
+        """The row of this step: the one that came next last time, another one that fits, or one traced now; None before it is worth it.
 
-    def _position(self, run: Run, timestep: Any) -> int | None:
-        """Which of the run's steps this is; None: one that only the stock class knows."""
-        if not self.stateless:
-            if run.on_device:
-                run.k, run.on_device = int(run.counter) // run.table.launches, False
-            if run.k < len(run.times) and not (self.timed and self._time(run, timestep) != run.times[run.k]):
-                return run.k
-            if run.table.ring and run.k < len(run.times):
-                raise ValueError(f"timestep: got {timestep}, supported: {run.times[run.k]}, the next one of this trajectory")
-            return None
-        try:
-            k = run.times.index(self._time(run, timestep))
-        except ValueError:
-            return None
-        run.counter.fill_(k * run.table.launches)
-        return k
+        Raises NotLinear where there cannot be one.
+        """
+        if not (isinstance(model_output, Tensor) and isinstance(sample, Tensor)):
+            raise NotLinear("a model output or a sample that is not a tensor")
+        if model_output.shape != (sample.shape if guidance is None else (2 * len(sample), *sample.shape[1:])):
+            raise NotLinear(f"a model output of shape {tuple(model_output.shape)} for a sample of shape {tuple(sample.shape)}")
+        if (name := self._replaced("step")) != "":
+            raise NotLinear(f"a method that is not the stock class's: {name}")
+        kind = rows.kind_of(model_output, timestep, sample, options, seeds is not None and not self.pathwise, guidance)
+        row, last = None, self._row
+        if last is not None:
+            row = last.next
+        if row is None or row.kind != kind or not rows.fit(row, self, timestep, sample):
+            state = self.__dict__
+            rows.check(kind, timestep)
+            row = rows.find(self, state, "step", kind, timestep, sample)
+            if row is None:
+                if seeds is None and sample.numel() < self.trace_from and rows.first_time(self, state, kind, timestep):
+                    return None
+                row = rows.trace(self, state, "step", kind, timestep, sample, options)
+            if last is not None:
+                last.next = row
+        if row.refusal:
+            raise NotLinear(row.refusal)
+        return row
 
-    def _time(self, run: Run, timestep: Any) -> float:
-        """The timestep on the host; for an element of ``timesteps`` on a GPU, without waiting for the device."""
-        if isinstance(timestep, Tensor) and timestep.is_cuda:
-            at = _element(self.timesteps, timestep)  # type: ignore[attr-defined]
-            if at is not None:
-                return run.times[at - run.begin] if 0 <= at - run.begin < len(run.times) else float("nan")
-        return float(timestep)
+    def _replaced(self, entry: str) -> str:
+        """The name of a method that is not the stock class's, among ``entry`` and those that it comes to; or nothing."""
+        if self.original_entries[entry] is not getattr(self.stock, entry):
+            return entry
+        cls = type(self)
+        if self.methods.isdisjoint(self.__dict__) and self.own_methods(cls) == self.original_methods:
+            return ""
+        return next(n for n in sorted(self.methods) if n in self.__dict__ or getattr(cls, n) is not self.originals[n])
 
-    def _noise(self, run: Run, k: int, model_output: Tensor, sample: Tensor, generator: Any) -> Tensor | None:
-        """The noise of step ``k`` from torch, drawn as the stock class draws it."""
-        noise = None
-        if self.pathwise and run.path is None:  # the stock class makes its path, and draws its seed, in steps without noise too
+    def _seed_tensor(self, seeds: Any, sample: Tensor) -> Tensor:
+        """The seeds as a tensor beside ``sample``, checked."""
+        given, known = list(seeds) if isinstance(seeds, list | tuple) else None, self._checked
+        if given is not None and known is not None and known[0] == given and known[1].device == sample.device and len(given) == len(sample):
+            return known[1]
+        tensor = torch.as_tensor(seeds).to(sample.device)
+        check_seeds(tensor, len(sample), sample.device)
+        if given is not None:
+            self._checked = given, tensor
+        return tensor
+
+    def _noise(self, row: Row, model_output: Tensor, sample: Tensor, generator: Any, seeds: Tensor | None) -> Tensor | None:
+        """The noise of a step from torch, drawn as the stock class draws it, or from the path of the seeds."""
+        noise, path = None, None
+        if self.pathwise and seeds is not None:
+            known = self._seed_path
+            if known is None or known[1] != sample.shape or not torch.equal(known[0], seeds):
+                known = self._seed_path = seeds.clone(), sample.shape, BrownianPath(seeds, tuple(sample.shape))
+            path = known[2]
+        elif self.pathwise:  # the stock class makes its path, and draws its seed, in steps without noise too
             self._path(model_output, sample, generator)
-        for number, draw in enumerate(run.table.trace.steps[k].draws if run.table.noisy else ()):
-            if draw.levels is not None and run.path is not None:
-                a, b = map(float, draw.levels)
-                drawn = run.path(a, b) / abs(a - b) ** 0.5
-            elif draw.levels is None:
+        for number, draw in enumerate(row.step.draws):
+            if draw.levels is None:
                 drawn = randn_tensor(tuple(sample.shape), generator=generator, device=model_output.device, dtype=draw.dtype)
+            elif path is not None:
+                a, b = map(float, draw.levels)
+                drawn = path(a, b) / abs(a - b) ** 0.5
             else:
                 drawn = self._path(model_output, sample, generator)(*draw.levels).to(model_output.device)
-            if number == run.table.used[k]:
+            if number == row.used:
                 noise = drawn
         return noise
 
@@ -193,60 +239,162 @@ class FusedScheduler:
         """The function of two noise levels that the stock class takes its noise from, where it does."""
         raise NotImplementedError
 
+    # Steps that run later
+
+    def _deferred_step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        options: dict[str, Any],
+        seeds: Any,
+        guidance: float | None,
+        return_dict: bool,
+    ) -> Any:
+        """For a compiler or a CUDA graph: nothing depends on which step it is but the device's counter."""
+        run = self._run
+        if run is None or not self._goes_on(run) or run.kind != _run_kind(model_output, timestep, sample, options, seeds, guidance):
+            if not torch.compiler.is_compiling():
+                raise ValueError("step: got steps that are not prepared, in a CUDA graph capture, supported there: prepare(sample) before")
+            run = self._start(model_output, timestep, sample, options, seeds, guidance)
+        several = run is not None and len({row.returned for row in run.table.rows}) > 1
+        if run is None or several or any(row.noisy for row in run.table.rows):
+            reason = self.fallback if run is None else "steps of different results" if several else "noise from a torch.Generator"
+            where = "under torch.compile and in CUDA graphs"
+            raise ValueError(f"step: got {reason} {where}, supported there: seeds= and steps that the kernel can execute")
+        if run.attached or _autograd.wanted((sample, model_output)):
+            raise ValueError("step: got a tensor that requires grad under torch.compile, supported: tensors without, or the step outside")
+        run.on_device = True
+        if self.stateless:
+            match = run.timesteps == timestep
+            row = torch.where(match.any(), match.to(torch.uint8).argmax(), len(match)) * run.table.launches
+            run.counter.copy_(row)
+        return _result(run.table.rows[0], run.execute(model_output, sample), return_dict)
+
     @torch.compiler.disable(reason="the first step of a trajectory makes tables on the host; call prepare(sample) before")  # type: ignore[untyped-decorator]
     def _start(
         self, model_output: Any, timestep: Any, sample: Any, options: Mapping[str, Any], seeds: Any, guidance: float | None
     ) -> Run | None:
-        """Begin a trajectory, or go on with it in another form; None, and `fallback`, where the stock step has to run."""
-        run, self._run = self._run, None
-        if run is None and self.fallback is not None and self._index is not None:
-            return None  # the stock class is under way
-        kind = _kind(model_output, timestep, sample, options, seeds, guidance)
-        if seeds is not None and isinstance(sample, Tensor):
-            seeds = torch.as_tensor(seeds).to(sample.device)
-            check_seeds(seeds, len(sample), sample.device)
+        """Trace the steps to come, for running them later; None, and `fallback`, where the stock step has to run."""
+        self._settle()
+        self._run = None
+        kind = _run_kind(model_output, timestep, sample, options, seeds, guidance)
+        if seeds is not None:
+            seeds = self._seed_tensor(seeds, sample)
         try:
-            begin = 0 if self.stateless else self._begin(timestep) if run is None else run.begin
+            if (name := self._replaced("step")) != "":
+                raise NotLinear(f"a method that is not the stock class's: {name}")
+            begin = 0 if self.stateless else self._at(timestep)
+            seeded = seeds is not None and not self.pathwise
+            steps = rows.kind_of(model_output, timestep, sample, options, seeded, guidance)
+            found, scales = self._rows_to_come(begin, steps, timestep, sample, options)
             with torch.inference_mode(False):  # a later step may be differentiable
-                new = self._new_run(begin, kind, model_output, timestep, sample, options, seeds, guidance)
+                self._run = self._new_run(begin, kind, found, scales, sample, seeds, guidance)
         except Exception as error:
             self.fallback = str(error) or type(error).__name__
-            if run is not None and run.k and run.table.ring:
-                self._run = run
-                raise  # what earlier steps kept is not where the stock class looks for it
-            self._index = None if run is None or self.stateless else run.begin + run.k
             return None
-        if run is not None and not self.stateless:
-            if run.k and run.table.ring and run.table.index[:, 1:].tolist() != new.table.index[:, 1:].tolist():
-                self._run = run
-                raise ValueError("step: got options that change what is kept between steps, supported: the same in a whole trajectory")
-            if run.k and run.ring and run.ring[0].shape != sample.shape:
-                self._run = run
-                kept = tuple(run.ring[0].shape)
-                raise RuntimeError(f"sample: got shape {tuple(sample.shape)}, supported: {kept}, the shape of what earlier steps kept")
-            new.k = run.k
-            new.counter.copy_(run.counter)
-            if run.k:
-                new.ring, new.differentiable = [new._worked(t) for t in run.ring], run.differentiable
-        self._run, self.fallback = new, None
-        return new
+        self.fallback = None
+        return self._run
+
+    def _rows_to_come(
+        self, begin: int, kind: tuple[Any, ...], timestep: Any, sample: Tensor, options: Mapping[str, Any]
+    ) -> tuple[list[Row], list[float]]:
+        """The rows of all steps from ``begin`` on, and the factors of scale_model_input, from a state that the attributes do not see."""
+        state = {name: list(value) if type(value) is list else value for name, value in self.__dict__.items()}
+        if "is_scale_input_called" in state:
+            state["is_scale_input_called"] = True
+        found: list[Row] = []
+        scales: list[float] = []
+        like = {dtype: torch.zeros((), dtype=dtype, device=sample.device).expand(sample.shape) for dtype in rows.DTYPES}
+        scaling = rows.scale_kind_of(timestep, sample)
+        for some in (kind, scaling):
+            rows.check(some, timestep)
+
+        def row_of(method: str, kind: tuple[Any, ...], time: Any, options: Mapping[str, Any]) -> Row:
+            row = rows.find(self, state, method, kind, time, sample) or rows.trace(self, state, method, kind, time, sample, options)
+            if row.refusal:
+                raise NotLinear(row.refusal)
+            return row
+
+        for t in self.timesteps[begin:]:  # type: ignore[attr-defined]
+            time = t.to(timestep.dtype) if isinstance(timestep, Tensor) else type(timestep)(t)
+            if self.scaled:
+                row = row_of("scale_model_input", scaling, time, {})
+                write(state, row.writes, {"time": time})
+                state.update(row.plain)
+                scales.append(row.scale)
+            row = row_of("step", kind, time, options)
+            field = {k: like[row.step.dtypes[k]] for k in row.returned}
+            kept = {"sample": like[sample.dtype], "model": like[kind[3]], "new": [like[dtype] for dtype in row.step.kept_dtypes]}
+            write(state, row.writes, kept | {"field": field, "time": time, "shape": sample.shape})
+            state.update(row.plain)
+            found.append(row)
+        return found, scales or [1.0] * len(found)
+
+    def _new_run(
+        self,
+        begin: int,
+        kind: tuple[Any, ...],
+        found: list[Row],
+        scales: list[float],
+        sample: Tensor,
+        seeds: Tensor | None,
+        guidance: float | None,
+    ) -> Run:
+        for row, following in itertools.pairwise(found):
+            row.next = following
+        self._row = Row(kind=(), next=found[0])
+        device, work, layout = sample.device, found[0].work, layout_of(sample)
+        made = table(
+            found,
+            kept_paths(self.__dict__, sample.shape),
+            seeded=seeds is not None and not self.pathwise,
+            guidance=guidance or 1.0,
+            device=device,
+        )
+        x = torch.empty_like(sample.detach(), dtype=work).contiguous(memory_format=layout)
+        run = Run(
+            table=made,
+            begin=begin,
+            timesteps=self.timesteps[begin:].to(device, torch.float64 if device.type == "cpu" else torch.float32),  # type: ignore[attr-defined]
+            scales=torch.tensor(scales, device=device),
+            kind=kind,
+            sources=self._sources(),
+            shape=sample.shape,
+            layout=layout,
+            ring=[torch.empty_like(x) for _ in range(made.ring)],
+            seeds=None if self.pathwise else seeds,
+            guided=guidance is not None,
+            counter=torch.zeros(1, dtype=torch.int64, device=device),
+        )
+        run.load(self.__dict__)
+        return run
+
+    def _follow(self, run: Run, row: Row) -> None:
+        """After a step that ran at once: the prepared trajectory goes on from there, if it is the step that it had next."""
+        if run.k < len(run.table.rows) and run.table.rows[run.k] is row:
+            run.k += 1
+            run.load(self.__dict__)
+        else:
+            self._run = None
 
     def _sources(self) -> tuple[Any, ...]:
         return self.__dict__.get("timesteps"), self.__dict__.get("sigmas"), self.__dict__.get("_internal_dict")
 
     def _goes_on(self, run: Run) -> bool:
-        """Whether what the table was made from is still there. Pipelines replace it, even between two steps."""
-        get, (timesteps, sigmas, config) = self.__dict__.get, run.sources  # written out: every step comes through here
+        """Whether what the table was made from is still there, as far as compiled code can see."""
+        get, (timesteps, sigmas, config) = self.__dict__.get, run.sources
         return get("timesteps") is timesteps and get("sigmas") is sigmas and get("_internal_dict") is config
 
-    def _begin(self, timestep: Any) -> int:
-        if self._index is not None:
-            return self._index
-        begin = getattr(self, "_begin_index", None)
-        if begin is not None:
-            return int(begin)
+    def _at(self, timestep: Any) -> int:
+        """Which of the timesteps is next."""
+        for name in ("_step_index", "counter", "_begin_index"):
+            if self.__dict__.get(name) is not None:
+                return int(self.__dict__[name])
         timesteps = self.timesteps  # type: ignore[attr-defined]
-        at = _element(timesteps, timestep)
+        if timestep is None:
+            return 0
+        at = rows.element(timesteps, timestep)
         if at is not None and timesteps.is_cuda and at == 0:
             return 0
         if hasattr(self, "index_for_timestep"):
@@ -255,130 +403,30 @@ class FusedScheduler:
             return at  # a timestep may occur twice
         return int((timesteps == timestep).nonzero()[0])
 
-    def _new_run(
-        self,
-        begin: int,
-        kind: tuple[Any, ...],
-        model_output: Any,
-        timestep: Any,
-        sample: Any,
-        options: Mapping[str, Any],
-        seeds: Tensor | None,
-        guidance: float | None,
-    ) -> Run:
-        copies = 1 if guidance is None else 2
-        if not (isinstance(model_output, Tensor) and isinstance(sample, Tensor)):
-            raise NotLinear("a model output or a sample that is not a tensor")
-        if sample.dtype not in _DTYPES or model_output.dtype not in _DTYPES:
-            raise NotLinear(f"dtypes {sample.dtype} and {model_output.dtype}")
-        if sample.ndim < 2 or model_output.shape != (copies * len(sample), *sample.shape[1:]) or model_output.device != sample.device:
-            raise NotLinear(f"a model output of shape {tuple(model_output.shape)} for a sample of shape {tuple(sample.shape)}")
-        if any(isinstance(value, Tensor) for value in options.values()):
-            raise NotLinear("an option that is a tensor")
-        if not (isinstance(timestep, int | float) or (isinstance(timestep, Tensor) and timestep.ndim == 0)):
-            raise NotLinear("a timestep that is not one number")
-        state = {name: value for name, value in self.__dict__.items() if name not in _OWN}
-        if not self.stateless:
-            state |= {"_step_index": None, "_begin_index": begin}
-        if "is_scale_input_called" in state:
-            if not state["is_scale_input_called"]:
-                message = "%s: call scale_model_input before step, so that the model sees the input it was trained on"
-                logging.getLogger(self.stock.__module__).warning(message, type(self).__name__)
-            state["is_scale_input_called"] = True
-        table, times = self._table(
-            begin, state, timestep, sample, model_output.dtype, options, seeds is not None and not self.pathwise, guidance
-        )
-        dtypes = {sample.dtype, *table.trace.dtypes}
-        work = functools.reduce(torch.promote_types, dtypes)
-        if model_output.dtype == torch.float64:
-            work = torch.float64
-        layout = layout_of(sample)
-        x = sample.detach().to(work).contiguous(memory_format=layout)
-        ring = [torch.empty_like(x) for _ in range(table.ring)]
-        for slot, (name, at) in table.initial.items():
-            ring[slot - 1].copy_(state[name] if at is None else state[name][at])
-        device = sample.device
-        return Run(
-            table=table,
-            begin=begin,
-            times=times,
-            timesteps=torch.tensor(times, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device),
-            scales=torch.tensor([step.scale for step in table.trace.steps], device=device),
-            kind=kind,
-            work=work,
-            layout=layout,
-            ring=ring,
-            seeds=seeds,
-            guided=guidance is not None,
-            counter=torch.zeros(1, dtype=torch.int64, device=device),
-            sources=self._sources(),
-            path=None if seeds is None or not self.pathwise else BrownianPath(seeds, tuple(sample.shape)),
-        )
-
-    def _table(
-        self,
-        begin: int,
-        state: Mapping[str, Any],
-        timestep: Any,
-        sample: Tensor,
-        model_dtype: torch.dtype,
-        options: Mapping[str, Any],
-        seeded: bool,
-        guidance: float | None,
-    ) -> tuple[Table, list[float]]:
-        shape = tuple(sample.shape)
-        form = (type(timestep), timestep.dtype if isinstance(timestep, Tensor) else None)
-        key: Any = (
-            self.stock, begin, form, sample.dtype, model_dtype, sample.device, seeded, guidance,
-            tuple(sorted(options.items())), tuple((name, _frozen(value, shape)) for name, value in state.items()),
-        )  # fmt: skip
-        host = self.timesteps.cpu()[begin:]  # type: ignore[attr-defined]
-        found = _tables.get(key)
-        if found is None:
-            if isinstance(timestep, Tensor):
-                times = list(host.to(timestep.dtype))
-            else:
-                times = [type(timestep)(t) for t in host.tolist()]
-            try:
-                traced = trace(
-                    self.traced, state, times, options,
-                    scaled=self.scaled, kept_shape=shape, sample_dtype=sample.dtype, model_dtype=model_dtype,
-                )  # fmt: skip
-                wide = torch.float64 if torch.float64 in (sample.dtype, model_dtype, *traced.dtypes) else torch.float32
-                table = build(traced, seeded=seeded, guidance=guidance or 1.0, wide=wide, device=sample.device, lasting=self.lasting)
-            except NotLinear as error:
-                found = str(error)
-            else:
-                found = table
-        with _tables_lock:
-            _tables[key] = found
-            _tables.move_to_end(key)
-            if len(_tables) > _MAX_TABLES:
-                _tables.popitem(last=False)
-        if isinstance(found, str):
-            raise NotLinear(found)
-        return found, host.tolist()
-
 
 def _deferred(sample: Any) -> bool:
     """Whether what is called now runs later, any number of times: compiled, or recorded in a CUDA graph."""
     return torch.compiler.is_compiling() or (isinstance(sample, Tensor) and sample.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _kind(model_output: Any, timestep: Any, sample: Any, options: Mapping[str, Any], seeds: Any, guidance: float | None) -> tuple[Any, ...]:
+def _run_kind(
+    model_output: Any, timestep: Any, sample: Any, options: Mapping[str, Any], seeds: Any, guidance: float | None
+) -> tuple[Any, ...]:
     """What a run was made for; a call of another kind needs another one."""
     return (
-        getattr(sample, "shape", None), getattr(sample, "dtype", None), getattr(sample, "device", None),
-        getattr(model_output, "shape", None), getattr(model_output, "dtype", None), getattr(model_output, "device", None),
+        sample.shape, sample.dtype, sample.device, model_output.shape, model_output.dtype, model_output.device,
         type(timestep), getattr(timestep, "dtype", None), options, id(seeds) if isinstance(seeds, Tensor) else seeds, guidance,
     )  # fmt: skip
 
 
-def _result(table: Table, returned: Sequence[int], fields: Sequence[Tensor], return_dict: bool) -> Any:
-    values: list[Tensor | None] = [None] * len(table.trace.dtypes)
-    for field, value in zip(returned, fields, strict=True):
+def _result(row: Row, fields: Sequence[Tensor], return_dict: bool) -> Any:
+    step = row.step
+    if not return_dict and len(fields) == step.in_tuple == len(step.dtypes):
+        return tuple(fields)
+    values: list[Tensor | None] = [None] * len(step.dtypes)
+    for field, value in zip(row.returned, fields, strict=True):
         values[field] = value
-    return table.trace.output(*values) if return_dict else tuple(values[: table.trace.in_tuple])
+    return step.output(*values) if return_dict else tuple(values[: step.in_tuple])
 
 
 def _mix(stock: Callable[[Tensor, Tensor, Tensor], Tensor], original: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -391,51 +439,55 @@ def _mix(stock: Callable[[Tensor, Tensor, Tensor], Tensor], original: Tensor, no
 
 
 def _scale_model_input(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """As the stock class's. One multiplication, once the trajectory has begun."""
+    """As the stock class's, by one multiplication."""
     run: Run | None = self._run
-    scaled: Tensor
-    if run is not None and (_deferred(sample) or run.on_device):
-        scaled = sample * run.scales.index_select(0, run.counter // run.table.launches).to(sample.dtype)
-    elif run is not None and run.k < len(run.times) and self._goes_on(run):
-        self.is_scale_input_called = True
-        scaled = sample * run.table.trace.steps[run.k].scale
-    else:
-        scaled = self.stock.scale_model_input(self, sample, *args, **kwargs)
-    return scaled
+    if run is not None and _deferred(sample):
+        return sample * run.scales.index_select(0, run.counter // run.table.launches).to(sample.dtype)
+    self._settle()
+    stock = self.stock.scale_model_input
+    timestep = args[0] if args else kwargs.get("timestep")
+    # Where the stock step runs its input is stock's, to the bit; what the first step does is not known yet.
+    at_once = self._under_way or run is not None
+    if not at_once or len(args) + len(kwargs) != 1 or timestep is None or self._replaced("scale_model_input"):
+        return stock(self, sample, *args, **kwargs)  # type: ignore[no-any-return]
+    try:
+        kind = rows.scale_kind_of(timestep, sample)
+        row, last = None, self._scaling
+        if last is not None:
+            row = last.next
+        if row is None or row.kind != kind or not rows.fit(row, self, timestep, sample):
+            rows.check(kind, timestep)
+            place = self, self.__dict__, "scale_model_input", kind, timestep, sample
+            row = rows.find(*place) or rows.trace(*place, {})
+            if last is not None:
+                last.next = row
+        if row.refusal:
+            raise NotLinear(row.refusal)
+    except NotLinear:
+        self._scaling = None
+        return stock(self, sample, *args, **kwargs)  # type: ignore[no-any-return]
+    if row.writes:
+        write(self.__dict__, row.writes, {"time": timestep})
+    self.__dict__.update(row.plain)
+    self._scaling = row
+    return sample * row.scale
 
 
 def _add_noise(self: Any, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """As the stock class's: its own factors, and two passes over the tensors."""
-    return _mix(functools.partial(self.stock.add_noise, self), original_samples, noise, timesteps)
+    stock = functools.partial(self.stock.add_noise, self)
+    if self._replaced("add_noise"):
+        noised: Tensor = stock(original_samples, noise, timesteps)
+        return noised
+    return _mix(stock, original_samples, noise, timesteps)
 
 
 def _scale_noise(self: Any, sample: Tensor, timestep: Tensor, noise: Tensor | None = None) -> Tensor:
     """As the stock class's: its own factors, and two passes over the tensors."""
-    if noise is None:
+    if noise is None or self._replaced("scale_noise"):
         scaled: Tensor = self.stock.scale_noise(self, sample, timestep, noise)
         return scaled
     return _mix(lambda x, n, t: self.stock.scale_noise(self, x, t, n), sample, noise, timestep)
-
-
-def _element(tensor: Tensor, element: Any) -> int | None:
-    """Which element of the vector ``tensor`` the scalar is a view of."""
-    if not isinstance(element, Tensor) or element.ndim != 0 or element.dtype != tensor.dtype:
-        return None
-    if element.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
-        return None
-    at = int(element.storage_offset() - tensor.storage_offset())
-    return at if 0 <= at < len(tensor) else None
-
-
-def _frozen(value: Any, shape: tuple[int, ...]) -> Any:
-    """``value`` as part of a key. What earlier steps kept is an input of the trace, whatever it holds."""
-    if isinstance(value, Tensor):
-        return "kept" if value.shape == shape else (str(value.dtype), value.cpu().numpy().tobytes())
-    if isinstance(value, np.ndarray):
-        return value.dtype.str, value.tobytes()  # its repr leaves out the middle
-    if isinstance(value, list):
-        return tuple(_frozen(v, shape) for v in value)
-    return value if isinstance(value, int | float | str | bool | None) else repr(value)
 
 
 class _NoNoise(TorchFunctionMode):
@@ -459,6 +511,31 @@ def _rebuild(name: str, state: dict[str, Any]) -> Any:
     return scheduler
 
 
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _called(stock: type, entries: Sequence[str]) -> set[str]:
+    """The methods and properties of ``stock`` that ``entries`` may come to, directly or through one another, by the names in their code."""
+    found: set[str] = set()
+    queue = [getattr(stock, entry) for entry in entries]
+    while queue:
+        function = inspect.unwrap(queue.pop())
+        for code in _codes(function.__code__) if hasattr(function, "__code__") else ():
+            for name in {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))} - found:
+                attribute = getattr(stock, name, None)
+                if isinstance(attribute, property) and attribute.fget is not None:
+                    found.add(name)
+                    queue.append(attribute.fget)
+                elif inspect.isfunction(attribute) and not name.startswith("__"):
+                    found.add(name)
+                    queue.append(attribute)
+    return found
+
+
 def fuse(stock: Any, **traits: Any) -> Any:
     """The fused class of a stock scheduler class. ``traits`` are class attributes of `FusedScheduler`."""
     parameters = list(inspect.signature(stock.step).parameters.values())
@@ -471,10 +548,13 @@ def fuse(stock: Any, **traits: Any) -> Any:
 
     @functools.wraps(stock.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-        self._run, self._index, self.fallback = None, None, None
+        self._run, self._under_way, self.fallback = None, False, None
         stock.set_timesteps(self, *args, **kwargs)
 
     step.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
+    entries = [name for name in ("step", "scale_model_input", "add_noise", "scale_noise") if hasattr(stock, name)]
+    methods = sorted(_called(stock, ["step", *(["scale_model_input"] if traits.get("scaled") else [])]) - {*entries, "set_timesteps"})
+    own_methods: Any = attrgetter(*methods) if len(methods) > 1 else lambda cls: tuple(getattr(cls, name) for name in methods)
     body = {
         "__module__": stock.__module__,
         "__doc__": stock.__doc__,
@@ -482,6 +562,11 @@ def fuse(stock: Any, **traits: Any) -> Any:
         "traced": stock,
         "extra_names": tuple(extra),
         "known": frozenset(extra),
+        "methods": frozenset(methods),
+        "own_methods": staticmethod(own_methods),
+        "original_methods": own_methods(stock),
+        "originals": {name: getattr(stock, name) for name in methods},
+        "original_entries": {name: getattr(stock, name) for name in entries},
         "step": step,
         "set_timesteps": set_timesteps,
         **traits,

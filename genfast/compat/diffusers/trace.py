@@ -1,8 +1,8 @@
-"""What a stock scheduler's step does, read off the stock class itself: the rows of docs/solver-step.md that equal it.
+"""What a stock scheduler's step does, read off the stock class itself: the row of docs/solver-step.md that equals it.
 
 Between its model output and what it returns and keeps, a step of a diffusers scheduler is linear in tensors: the sample, the model output,
 what it kept of earlier steps and its noise; the one exception is the clipping or thresholding of a single prediction. So the stock code
-is run once per step on float64 tensors whose elements are the unit vectors of those inputs, and the coefficients are what it leaves in
+is run on float64 tensors whose elements are the unit vectors of those inputs, and the coefficients are what it leaves in
 them. The factors that it makes from its own tables stay in the tables' dtype, rounding and all: near t = 0 float32 cancels most of their
 digits, and the picture is that of the digits that are left. One more element holds a random combination and one holds zero: a step that is
 not linear is found out and left to the stock class.
@@ -10,8 +10,9 @@ not linear is found out and left to the stock class.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +20,27 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# A term is "x" the sample, "d" the clipped prediction, "m" the model output, "noise", or the number of a value kept from an earlier step.
+from .state import Config, Item, Items, Kept, ListOf, NotLinear, Path, Reads, Source, Stamps, Writes, at_path, kept_paths, shadow_of
+
+# A term is "x" the sample, "d" the clipped prediction, "m" the model output, "noise0" .. the draws, or the number of a kept tensor.
 Term = str | int
 Vector = dict[Term, float]
 
-_OTHER_NOISE = {torch.rand, torch.rand_like, torch.randint, torch.randint_like, torch.randperm, torch.normal, torch.bernoulli}
 _SCRATCH = ("x", "m", "d", "noise0", "noise1", "noise2")
-
-
-class NotLinear(Exception):
-    """The step is not of the form that a row can hold; the message says why."""
+_RANK = 4  # of a basis tensor
+_RANDN = (torch.randn, torch.randn_like)
+# What the recorder does about a function: "form" is one that looks at a tensor's form alone.
+_SPECIAL: dict[Any, str] = {
+    **dict.fromkeys(_RANDN, "randn"),
+    **dict.fromkeys(
+        (torch.rand, torch.rand_like, torch.randint, torch.randint_like, torch.randperm, torch.normal, torch.bernoulli), "other_noise"
+    ),
+    **dict.fromkeys((torch.clamp, torch.Tensor.clamp), "clamp"),
+    **dict.fromkeys([getattr(torch.Tensor, name) for name in ("to", "float", "half", "bfloat16", "type", "type_as")], "cast"),
+    **dict.fromkeys([getattr(torch.Tensor, name) for name in ("__len__", "size", "dim", "numel", "is_floating_point")], "form"),
+    **dict.fromkeys([getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim")], "form"),
+    torch.is_floating_point: "form",
+}
 
 
 @dataclass(frozen=True)
@@ -41,148 +53,199 @@ class Draw:
 
 @dataclass(frozen=True)
 class Step:
-    """One step: what it returns, what it keeps (by value number), and what it asked for on the way."""
+    """One step: what it returns, what it makes for keeping, what it asked for on the way, and the attributes that it leaves."""
 
+    inputs: tuple[Path, ...]  # what the kept tensors of the terms are: number k is inputs[k]
     returned: tuple[Vector | None, ...]
-    kept: Mapping[int, Vector]
-    held: Mapping[tuple[str, int | None], int]  # the attributes that hold values after it, and which
-    scale: float  # of scale_model_input
+    kept: tuple[Vector, ...]
+    kept_dtypes: tuple[torch.dtype, ...]  # as the stock class keeps them
+    writes: Writes
     convert: tuple[float, float]  # (ax, am) of d = ax * x + am * m
     clip: float
     quantile: float
     max_threshold: float
     draws: tuple[Draw, ...]
+    output: type  # what step returns with return_dict=True
+    in_tuple: int  # how many of its fields are in the tuple of return_dict=False
+    dtypes: tuple[torch.dtype, ...]  # of the fields
+
+
+@dataclass
+class Reading:
+    """What a step read of the state and whether it looked at its timestep: complete even where tracing failed."""
+
+    reads: Reads = ()
+    timed: bool = True
 
 
 @dataclass(frozen=True)
-class Trace:
-    """The steps of one trajectory. ``initial`` maps the value numbers that were there at its start to the attributes that held them."""
+class Call:
+    """What a step is called with, apart from its tensors' elements."""
 
-    steps: Sequence[Step]
-    initial: Mapping[int, tuple[str, int | None]]
-    output: type  # what step returns with return_dict=True
-    in_tuple: int  # how many of its fields are in the tuple of return_dict=False
-    dtypes: tuple[torch.dtype, ...]  # of the fields, for the dtypes of sample and model output that were traced
+    timestep: Any
+    options: Mapping[str, Any]
+    sample_dtype: torch.dtype
+    model_dtype: torch.dtype
+    guided: bool = False
 
 
-def trace(
-    stock: type,
-    state: Mapping[str, Any],
-    timesteps: Sequence[Any],
-    options: Mapping[str, Any],
-    *,
-    scaled: bool,
-    kept_shape: Sequence[int],
-    sample_dtype: torch.dtype,
-    model_dtype: torch.dtype,
-) -> Trace:
-    """Run ``stock``'s steps from ``state``, its ``__dict__``, over ``timesteps``; ``options`` go to `step`.
+def trace_step(stock: type, state: Mapping[str, Any], shape: torch.Size, call: Call, stamps: Stamps, reading: Reading) -> Step:
+    """The step of ``stock`` from ``state``, its ``__dict__``, on samples of ``shape``. Fills in ``reading``, whatever happens.
 
-    ``kept_shape`` is the shape of a tensor in ``state`` that counts as a value from an earlier step. Raises NotLinear for a step that a row
-    cannot hold, and whatever the stock class raises.
+    Raises NotLinear for a step that a row cannot hold, and whatever the stock class raises.
     """
-    shadow = _shadow(stock, state)
-    values = {path: k for k, path in enumerate(_tensors(shadow, tuple(kept_shape)))}
-    initial = {k: path for path, k in values.items()}
-    output, in_tuple, dtypes, requests = _real(stock, state, timesteps, options, tuple(kept_shape), sample_dtype, model_dtype)
-    steps: list[Step] = []
-    known = len(initial)
-    for k, timestep in enumerate(timesteps):
-        basis = _Basis(sorted(set(values.values())))
-        for (name, at), value in values.items():
-            _put(shadow, name, at, basis.unit(value))
-        recorder = _Recorder(basis, shadow)
+    paths = kept_paths(state, shape)
+    basis = _Basis(len(paths))
+    kept = {path: basis.unit(k) for k, path in enumerate(paths)}
+    source = Source(state, shape, kept, stamps)
+    recorder = _Recorder(basis, call, source)
+    try:
+        shadow = shadow_of(stock, source)
+        recorder.attach(shadow)
         with recorder:
-            scale = _scale(stock, shadow, basis, timestep) if scaled else 1.0
-            result = stock.step(shadow, basis.unit("m"), timestep, basis.unit("x"), **options)  # type: ignore[attr-defined]
-        returned = tuple(None if field is None else basis.read(field) for field in result.values())
-        kept: dict[int, Vector] = {}
-        after: dict[tuple[str, int | None], int] = {}
-        for path, tensor in _tensors(shadow, basis.shape).items():
-            vector = basis.read(tensor)
-            same = next((number for number, v in kept.items() if v == vector), None)
-            if len(vector) == 1 and isinstance(key := next(iter(vector)), int) and vector[key] == 1.0:
-                same = key
-            if same is None:
-                same, known = known, known + 1
-                kept[same] = vector
-            after[path] = same
-        values = after
-        if len(requests[k]) != recorder.draws:
-            raise NotLinear("noise that depends on the values of the tensors")
-        draws = tuple(requests[k])
-        steps.append(Step(returned, kept, after, scale, recorder.convert, recorder.clip, recorder.quantile, recorder.max_threshold, draws))
-    return Trace(steps, initial, output, in_tuple, dtypes)
+            result = stock.step(shadow, recorder.m, recorder.timestep, recorder.x, **call.options)  # type: ignore[attr-defined]
+        fields = tuple(result.values())
+        returned = tuple(None if field is None else basis.read(field) for field in fields)
+        writes, made = _Leavings(shadow, source, recorder, fields, call).all()
+        vectors = tuple(map(basis.read, made))
+    finally:
+        reading.reads, reading.timed = source.result(), recorder.timed
+    form = _form(stock, state, shape, call, reading.reads, writes, tuple(f is None for f in returned), len(recorder.draws))
+    dtypes, kept_dtypes, drawn, in_tuple = form
+    if len(recorder.draws) != len(drawn):
+        raise NotLinear("noise that depends on the values of the tensors")
+    draws = tuple(Draw(dtype, levels) for dtype, levels in zip(drawn, recorder.draws, strict=True))
+    return Step(
+        inputs=tuple(paths), returned=returned, kept=vectors, kept_dtypes=kept_dtypes, writes=writes, convert=recorder.convert,
+        clip=recorder.clip, quantile=recorder.quantile, max_threshold=recorder.max_threshold, draws=draws, output=type(result),
+        in_tuple=in_tuple, dtypes=dtypes,
+    )  # fmt: skip
+
+
+def trace_scale(
+    stock: Any, state: Mapping[str, Any], shape: torch.Size, call: Call, stamps: Stamps, reading: Reading
+) -> tuple[float, Writes]:
+    """The factor of ``stock``'s scale_model_input, and the attributes that it leaves; as `trace_step`."""
+    basis = _Basis(0)
+    source = Source(state, shape, {path: basis.unit("d") for path in kept_paths(state, shape)}, stamps)
+    recorder = _Recorder(basis, call, source)
+    try:
+        shadow = shadow_of(stock, source)
+        with recorder:
+            vector = basis.read(stock.scale_model_input(shadow, recorder.x, recorder.timestep))
+        writes, made = _Leavings(shadow, source, recorder, (), call).all()
+    finally:
+        reading.reads, reading.timed = source.result(), recorder.timed
+    if vector.keys() != {"x"} or made:
+        raise NotLinear("scale_model_input is more than a factor")
+    return vector["x"], writes
+
+
+@functools.cache
+def _units(count: int) -> tuple[Tensor, list[float]]:
+    """The unit vectors of ``count`` terms as rows, each with its weight in the combination and with zero; and the weights."""
+    weights = torch.randn(count, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+    rows = torch.zeros(count, count + 2, dtype=torch.float64)
+    rows[:, :count], rows[:, count] = torch.eye(count, dtype=torch.float64), weights
+    return rows.view(count, 1, count + 2, 1, 1), weights.tolist()
 
 
 class _Basis:
     """Tensors (1, n, 1, 1) whose elements are the unit vectors of the inputs, then a random combination, then zero."""
 
-    def __init__(self, values: Sequence[int]) -> None:
-        self.terms: list[Term] = [*_SCRATCH, *values]
-        self.shape = (1, len(self.terms) + 2, 1, 1)
-        generator = torch.Generator().manual_seed(len(self.terms))
-        self.weights = torch.randn(len(self.terms), generator=generator, dtype=torch.float64)
+    def __init__(self, kept: int) -> None:
+        self.terms: list[Term] = [*_SCRATCH, *range(kept)]
+        self.units, self.weights = _units(len(self.terms))
+        self.shape = self.units.shape[1:]
 
     def unit(self, term: Term) -> Tensor:
-        k = self.terms.index(term)
-        vector = torch.zeros(self.shape, dtype=torch.float64)
-        vector[0, k], vector[0, -2] = 1.0, self.weights[k]
-        return vector
+        return self.units[term + len(_SCRATCH) if isinstance(term, int) else _SCRATCH.index(term)].clone()
 
     def read(self, tensor: Tensor) -> Vector:
         if tensor.shape != self.shape:
-            raise NotLinear(f"a tensor of shape {tuple(tensor.shape)} where one of {self.shape} went in")
+            raise NotLinear(f"a tensor of shape {tuple(tensor.shape)} where one of {tuple(self.shape)} went in")
         *coefficients, combined, constant = tensor.detach().double().flatten().tolist()
         size = max(map(abs, coefficients))
-        if not all(map(math.isfinite, (*coefficients, combined))):
+        if not (math.isfinite(combined) and all(map(math.isfinite, coefficients))):
             raise NotLinear("factors that are not finite")
-        expected = math.fsum(c * w for c, w in zip(coefficients, self.weights.tolist(), strict=True))
-        scale = math.fsum(abs(c * w) for c, w in zip(coefficients, self.weights.tolist(), strict=True))
-        if constant != 0 or abs(combined - expected) > 1e-6 * scale:
+        products = [c * w for c, w in zip(coefficients, self.weights, strict=True)]
+        if constant != 0 or abs(combined - math.fsum(products)) > 1e-6 * math.fsum(map(abs, products)):
             raise NotLinear("a result that is not linear in the sample, the model output and the noise")
         # What cancelled to rounding error is not there; 1.0 is exactly an input.
         return {term: c for term, c in zip(self.terms, coefficients, strict=True) if abs(c) > 1e-13 * size}
 
 
 class _Recorder(TorchFunctionMode):
-    """Answers the stock code's requests for noise and for a clipped prediction with fresh inputs, and computes the rest in float64."""
+    """Answers the stock code's requests for noise and for a clipped prediction with fresh inputs, and keeps vectors in float64."""
 
-    def __init__(self, basis: _Basis, shadow: Any) -> None:
+    def __init__(self, basis: _Basis, call: Call, source: Source) -> None:
         super().__init__()
-        self.basis = basis
+        self.basis, self.source = basis, source
+        self.x, self.m = basis.unit("x"), basis.unit("m")
+        self.timestep = call.timestep.detach().to("cpu", copy=True) if isinstance(call.timestep, Tensor) else call.timestep
+        self.timed = not isinstance(self.timestep, Tensor)  # of a number, nobody sees whether it is looked at
         self.convert, self.clip, self.quantile, self.max_threshold = (0.0, 0.0), 0.0, 0.0, math.inf
         self.clipped = False
-        self.draws = 0
-        if hasattr(shadow, "_threshold_sample"):
-            shadow._threshold_sample = lambda sample: self._threshold(sample, shadow.config)
-        if "noise_sampler" in shadow.__dict__:
-            shadow.noise_sampler = self._noise
+        self.draws: list[tuple[Any, Any] | None] = []  # the levels of each
+
+    def attach(self, shadow: Any) -> None:
+        if hasattr(type(shadow), "_threshold_sample"):
+            shadow.__dict__["_threshold_sample"] = lambda sample: self._threshold(sample, shadow.config)
+        if "noise_sampler" in self.source.state:
+            shadow.__dict__["noise_sampler"] = lambda *levels: self._noise(levels)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        special = _SPECIAL.get(func)  # plain code: a step makes a hundred calls
+        if special != "form":
+            self._look(args)
+            if kwargs:
+                self._look(kwargs.values())
         kwargs = kwargs or {}
-        if func in (torch.randn, torch.randn_like):
-            shape = args[0].shape if func is torch.randn_like else args if isinstance(args[0], int) else args[0]
-            if tuple(shape) != self.basis.shape:
-                raise NotLinear(f"noise of shape {tuple(shape)}")
-            return self._noise()
-        if func in (torch.Tensor.clamp, torch.clamp) and args[0].shape == self.basis.shape:
-            return self._clamp(*args, **kwargs)
-        if not self._holds_a_vector([args, list(kwargs.values())]):
-            return func(*args, **kwargs)  # the stock class's factors, as it computes them
-        result = func(*_wide(args), **{key: _wide(value) for key, value in kwargs.items()})
-        return result.double() if isinstance(result, Tensor) and result.dtype == torch.float32 else result
+        if special is None or special == "form":
+            try:
+                return func(*args, **kwargs)
+            except RuntimeError:  # a product of a vector with factors of another dtype, which has to be one of equal dtypes
+                return func(*_wide(args), **{key: _wide(value) for key, value in kwargs.items()})
+        return getattr(self, "_" + special)(func, *args, **kwargs)
 
-    def _holds_a_vector(self, value: Any) -> bool:
-        if isinstance(value, list | tuple):
-            return any(map(self._holds_a_vector, value))
-        return isinstance(value, Tensor) and value.ndim >= len(self.basis.shape)
+    def _look(self, args: Any) -> None:
+        """Note which tables an operation looks into, and whether it looks at the timestep."""
+        for value in args:
+            if isinstance(value, Tensor):
+                if value is self.timestep:
+                    self.timed = True
+                elif id(value) in self.source.loose:
+                    self.source.touched.add(id(value))
+            elif isinstance(value, list | tuple):
+                self._look(value)
 
-    def _noise(self, *levels: Any) -> Tensor:
-        if self.draws == 3:
+    def _randn(self, func: Any, *args: Any, **kwargs: Any) -> Tensor:
+        shape = args[0].shape if func is torch.randn_like else args if isinstance(args[0], int) else args[0]
+        if tuple(shape) != tuple(self.basis.shape):
+            raise NotLinear(f"noise of shape {tuple(shape)}")
+        return self._noise(None)
+
+    def _other_noise(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotLinear("noise that is not normal")
+
+    def _cast(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return tensor if tensor.ndim == _RANK else func(tensor, *args, **kwargs)
+
+    def _clamp(self, func: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if sample.shape != self.basis.shape:
+            clamped: Tensor = func(sample, *args, **kwargs)
+            return clamped
+        low, high = kwargs.get("min", args[0] if args else None), kwargs.get("max", args[1] if len(args) > 1 else None)
+        if low is None or high is None or float(low) != -float(high) or float(high) <= 0:
+            raise NotLinear(f"a clip to {low} .. {high}")
+        self.clip = float(high)
+        return self._predicted(sample)
+
+    def _noise(self, levels: Any) -> Tensor:
+        if len(self.draws) == 3:
             raise NotLinear("more than three draws of noise in a step")
-        self.draws += 1
-        return self.basis.unit(f"noise{self.draws - 1}")
+        self.draws.append(levels)
+        return self.basis.unit(f"noise{len(self.draws) - 1}")
 
     def _predicted(self, sample: Tensor) -> Tensor:
         if self.clipped:
@@ -194,13 +257,6 @@ class _Recorder(TorchFunctionMode):
         self.convert = vector.get("x", 0.0), vector.get("m", 0.0)
         return self.basis.unit("d")
 
-    def _clamp(self, sample: Tensor, low: Any = None, high: Any = None, **named: Any) -> Tensor:
-        low, high = named.get("min", low), named.get("max", high)
-        if low is None or high is None or float(low) != -float(high) or float(high) <= 0:
-            raise NotLinear(f"a clip to {low} .. {high}")
-        self.clip = float(high)
-        return self._predicted(sample)
-
     def _threshold(self, sample: Tensor, config: Any) -> Tensor:
         self.quantile, self.max_threshold = float(config.dynamic_thresholding_ratio), float(config.sample_max_value)
         return self._predicted(sample)
@@ -211,101 +267,153 @@ def _wide(value: Any) -> Any:
         return type(value)(map(_wide, value))
     if isinstance(value, Tensor) and value.dtype == torch.float32 and value.ndim:
         return value.double()
-    return torch.float64 if value is torch.float32 else value
+    return value
 
 
-def _shadow(stock: type, state: Mapping[str, Any]) -> Any:
-    """An instance of the stock class in the given state, on the CPU."""
-
-    def copied(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.detach().to("cpu", copy=True)
-        return [copied(v) for v in value] if isinstance(value, list) else value
-
-    shadow: Any = object.__new__(stock)
-    shadow.__dict__.update({name: copied(value) for name, value in state.items()})
-    return shadow
+_OURS = ("_source", "_threshold_sample", "noise_sampler")
 
 
-def _tensors(scheduler: Any, shape: tuple[int, ...]) -> dict[tuple[str, int | None], Tensor]:
-    """The attributes, and the elements of attributes, that are tensors of ``shape``."""
-    found: dict[tuple[str, int | None], Tensor] = {}
-    for name, value in scheduler.__dict__.items():
-        for at, item in enumerate(value) if isinstance(value, list) else [(None, value)]:
-            if isinstance(item, Tensor) and item.shape == shape:
-                found[name, at] = item
-    return found
+class _Leavings:
+    """What a shadow's attributes hold after the step, as recipes; and the tensors that it made for keeping."""
+
+    def __init__(self, shadow: Any, source: Source, recorder: _Recorder, fields: tuple[Any, ...], call: Call) -> None:
+        self.shadow, self.source, self.shape = shadow, source, recorder.basis.shape
+        self.made: list[Tensor] = []
+        self.known = {id(recorder.timestep): Item("time")} if isinstance(recorder.timestep, Tensor) else {}
+        if call.sample_dtype == call.model_dtype == torch.float32:  # else stock may have converted them on the way
+            self.known |= {id(field): Item("field", k) for k, field in enumerate(fields) if isinstance(field, Tensor)}
+            self._know(recorder.x, Item("sample"))
+            if not call.guided:
+                self._know(recorder.m, Item("model"))
+        for path, tensor in source.kept.items():
+            self._know(tensor, Item("held", path))
+        self.known |= {identity: Item("held", path) for identity, path in source.loose.items()}  # tables that were moved
+
+    def _know(self, tensor: Tensor, item: Item) -> None:
+        if tensor._version == 0:  # not written in place
+            self.known[id(tensor)] = item
+
+    def all(self) -> tuple[Writes, list[Tensor]]:
+        writes: list[tuple[str, Item | ListOf]] = []
+        for name, value in self.shadow.__dict__.items():
+            if name in _OURS:
+                continue
+            before, first = self.source.copies.get(name, (self, None))
+            if type(value) is list:
+                items = tuple(map(self._item, value))
+                same = value is before
+                if not (same and items == tuple(map(self._unchanged, range(len(first)), first, [name] * len(first)))):
+                    writes.append((name, ListOf(items, same)))
+            elif value is not before or (isinstance(value, Tensor) and value._version != self.source.versions.get(id(value), 0)):
+                if isinstance(value, Tensor) and value is before and value.ndim <= 1:
+                    raise NotLinear(f"a step that edits {name} in place")
+                writes.append((name, self._item(value)))
+        return writes, self.made
+
+    def _unchanged(self, at: int, value: Any, name: str) -> Item:
+        return Item("held", (name, at)) if isinstance(value, Tensor) else Item("const", value)
+
+    def _item(self, value: Any) -> Item:
+        if not isinstance(value, Tensor):
+            if isinstance(value, torch.Size):
+                if value != self.shape[-len(value) :]:
+                    raise NotLinear("a size that it keeps")
+                return Item("size", -len(value))
+            if value is not None and not isinstance(value, int | float | str | bool):
+                raise NotLinear(f"an object of class {type(value).__name__} that it keeps")
+            return Item("const", value)
+        if id(value) not in self.known:
+            if value.shape == self.shape:
+                self.known[id(value)] = Item("new", len(self.made))
+                self.made.append(value)
+            elif value.ndim <= 1:
+                self.known[id(value)] = Item("const", value.detach().clone())
+            else:
+                raise NotLinear(f"a tensor of shape {tuple(value.shape)} that it keeps")
+        return self.known[id(value)]
 
 
-def _put(scheduler: Any, name: str, at: int | None, value: Tensor) -> None:
-    if at is None:
-        scheduler.__dict__[name] = value
-    else:
-        scheduler.__dict__[name][at] = value
+# What is the same in all steps of one form: dtypes, and the length of a result.
+
+Form = tuple[tuple[torch.dtype, ...], tuple[torch.dtype, ...], tuple[torch.dtype, ...], int]
+_forms: dict[Any, Form] = {}
 
 
-def _scale(stock: Any, shadow: Any, basis: _Basis, timestep: Any) -> float:
-    vector = basis.read(stock.scale_model_input(shadow, basis.unit("x"), timestep))
-    if vector.keys() != {"x"}:
-        raise NotLinear("scale_model_input is more than a factor")
-    return vector["x"]
+def _form(
+    stock: Any, state: Mapping[str, Any], shape: torch.Size, call: Call, reads: Reads, writes: Writes, missing: tuple[bool, ...], draws: int
+) -> Form:
+    """The dtypes of the fields, of what is kept and of the noise, and the length of the tuple: of one step on tensors of the real dtypes.
+
+    They follow the way that the step took, which its configuration and the form of what it read, kept, drew and returned stand for.
+    """
+    kinds = tuple((name, _kind(recipe)) for name, recipe in writes)
+    found = tuple((name, expected.number if type(expected) is Config else _kind_read(expected)) for name, expected in reads)
+    timestep = type(call.timestep), getattr(call.timestep, "dtype", None)
+    options = tuple(sorted(call.options.items()))
+    key = stock, found, kinds, missing, draws, options, call.sample_dtype, call.model_dtype, timestep
+    if key not in _forms:
+        if len(_forms) > 1000:
+            _forms.clear()
+        _forms[key] = _real(stock, state, shape, call, writes)
+    return _forms[key]
+
+
+def _kind(recipe: Item | ListOf) -> Any:
+    return tuple(item.kind for item in recipe.items) if isinstance(recipe, ListOf) else recipe.kind
+
+
+def _kind_read(expected: Any) -> Any:
+    if type(expected) is Items:
+        return tuple(map(_kind_read, expected.items))
+    return expected.dtype if type(expected) is Kept else expected is None
+
+
+def _real(stock: Any, state: Mapping[str, Any], shape: torch.Size, call: Call, writes: Writes) -> Form:
+    timestep = call.timestep.detach().cpu() if isinstance(call.timestep, Tensor) else call.timestep
+    sample, model = (torch.ones(1, 2, 1, 1, dtype=dtype) for dtype in (call.sample_dtype, call.model_dtype))
+
+    if "is_scale_input_called" in state:
+        state = {**state, "is_scale_input_called": True}  # stock has warned already
+
+    def run(**options: Any) -> tuple[Any, Any, list[torch.dtype]]:
+        kept = {path: torch.zeros(1, 2, 1, 1, dtype=at_path(state, path).dtype) for path in kept_paths(state, shape)}
+        shadow = shadow_of(stock, Source(state, shape, kept, Stamps()))
+        with _Requests(shadow, state, torch.promote_types(call.sample_dtype, call.model_dtype)) as requests:
+            return stock.step(shadow, model, timestep, sample, **call.options, **options), shadow, requests.drawn
+
+    structured, shadow, drawn = run()
+    plain, *_ = run(return_dict=False)
+    kept: dict[int, torch.dtype] = {}
+    inputs = shadow.__dict__["_source"].kept
+    for name, recipe in writes:
+        for at, item in enumerate(recipe.items) if isinstance(recipe, ListOf) else [(None, recipe)]:
+            value = at_path(shadow.__dict__, (name, at))
+            if item.kind == "new":
+                kept[item.value] = value.dtype
+            elif item.kind == "held" and value is not inputs.get(item.value, value):
+                raise NotLinear(f"a tensor in {name} that changes its dtype")
+    dtypes = tuple(call.sample_dtype if field is None else field.dtype for field in structured.values())
+    return dtypes, tuple(kept[k] for k in sorted(kept)), tuple(drawn), len(plain)
 
 
 class _Requests(TorchFunctionMode):
-    """Notes the noise that is asked for, and leaves the random generators alone."""
+    """Notes the dtype of the noise that is asked for, and leaves the random generators alone."""
 
-    def __init__(self, shadow: Any, dtype: torch.dtype) -> None:
+    def __init__(self, shadow: Any, state: Mapping[str, Any], dtype: torch.dtype) -> None:
         super().__init__()
-        self.draws: list[Draw] = []
+        self.drawn: list[torch.dtype] = []
         self.dtype = dtype  # of noise from a path
-        if "noise_sampler" in shadow.__dict__:
-            shadow.noise_sampler = self._from_path
+        if "noise_sampler" in state:
+            shadow.__dict__["noise_sampler"] = self._from_path
 
     def _from_path(self, sigma: Any, sigma_next: Any) -> Tensor:
-        self.draws.append(Draw(levels=(sigma, sigma_next)))
+        self.drawn.append(self.dtype)
         return torch.zeros(1, 2, 1, 1, dtype=self.dtype)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _OTHER_NOISE:
-            raise NotLinear("noise that is not normal")
-        if func not in (torch.randn, torch.randn_like):
+        if func not in _RANDN:
             return func(*args, **(kwargs or {}))
         options = {key: value for key, value in (kwargs or {}).items() if key != "generator"}
-        zeros = (torch.zeros if func is torch.randn else torch.zeros_like)(*args, **options)
-        self.draws.append(Draw(dtype=zeros.dtype))
+        zeros: Tensor = (torch.zeros if func is torch.randn else torch.zeros_like)(*args, **options)
+        self.drawn.append(zeros.dtype)
         return zeros
-
-
-def _real(
-    stock: Any,
-    state: Mapping[str, Any],
-    timesteps: Sequence[Any],
-    options: Mapping[str, Any],
-    kept_shape: tuple[int, ...],
-    sample_dtype: torch.dtype,
-    model_dtype: torch.dtype,
-) -> tuple[type, int, tuple[torch.dtype, ...], list[list[Draw]]]:
-    """The steps on tensors of the real dtypes: the class of a result, the length of its tuple, its fields' dtypes, every step's draws."""
-
-    def start() -> Any:
-        shadow = _shadow(stock, state)
-        for name, at in _tensors(shadow, kept_shape):
-            _put(shadow, name, at, torch.zeros(1, 2, 1, 1, dtype=model_dtype))
-        return shadow
-
-    sample, model = torch.ones(1, 2, 1, 1, dtype=sample_dtype), torch.ones(1, 2, 1, 1, dtype=model_dtype)
-    dtype = torch.promote_types(sample_dtype, model_dtype)
-    shadow: Any = start()
-    with _Requests(shadow, dtype):
-        plain = stock.step(shadow, model, timesteps[0], sample, **options, return_dict=False)
-    shadow = start()
-    structured: Any = None
-    draws: list[list[Draw]] = []
-    for timestep in timesteps:
-        with _Requests(shadow, dtype) as requests:
-            result = stock.step(shadow, model, timestep, sample, **options)
-        structured = result if structured is None else structured
-        draws.append(requests.draws)
-    assert structured is not None
-    dtypes = tuple(sample_dtype if field is None else field.dtype for field in structured.values())
-    return type(structured), len(plain), dtypes, draws

@@ -79,6 +79,8 @@ def _trajectory(cls: Any, case: Case, draws: _Draws, outcome: Outcome) -> None:
 
     draws.phase = "__init__"
     scheduler = cls(**case.merged("init"))
+    if hasattr(cls, "trace_from"):
+        scheduler.trace_from = 0  # small tensors are left to the stock step at first
     draws.phase = "set_timesteps"
     grid = case.merged("grid")
     if not grid.keys() & {"timesteps", "sigmas"}:

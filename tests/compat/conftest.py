@@ -1,0 +1,11 @@
+from __future__ import annotations
+
+import pytest
+
+from genfast.compat.diffusers import FusedScheduler
+
+
+@pytest.fixture(autouse=True)
+def _traced_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors of tests are small: without this, first trajectories would be stock's own (test_diffusers_state.py has some that are)."""
+    monkeypatch.setattr(FusedScheduler, "trace_from", 0)
