@@ -14,6 +14,7 @@ from genfast.reference.bias_act import bias_act as plain_bias_act
 
 from ._autograd import wanted
 from ._checks import check_floating, refusal
+from ._convolution import autocast_dtype
 from ._norm_act import Statistics, activation, check_channels, check_image, norm_act
 from .bias_act import bias_act
 from .bn_act import bn_act
@@ -52,8 +53,9 @@ def conv_block(
     ``running_var``, ``training``, ``momentum`` and ``process_group``, "group" with ``norm_groups`` groups, or None; ``norm_weight`` and
     ``bias`` (K,) belong to the norm, in any of those dtypes, and without one ``bias`` is the convolution's; ``residual`` like the result;
     ``act`` and ``alpha`` as `bias_act`. Returns (B, K, H', W') in the memory format that the convolution gives. After it comes one pass
-    over the pictures, two for moments of its own; in evaluation batch normalisation is folded into the weight. Differentiable in every
-    tensor but the running ones: docs/derivatives.md. Raises ValueError for anything else.
+    over the pictures, two for moments of its own; in evaluation batch normalisation is folded into the weight. Under torch.autocast x and
+    weight are taken in its dtype, and the result has that, or the wider one of it and the residual's. Differentiable in every tensor but
+    the running ones: docs/derivatives.md. Raises ValueError for anything else.
     """
     check_floating("x", x)
     check_floating("weight", weight)
@@ -66,11 +68,20 @@ def conv_block(
     if norm is None and norm_weight is not None:
         raise refusal("norm_weight", "a tensor", "None without a norm")
     chosen = activation(act, alpha, gain)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x = x.to(dtype)
+        if residual is not None:  # the sum has the wider dtype, as torch's
+            check_floating("residual", residual)
+            residual = residual.to(torch.promote_types(dtype, residual.dtype))
 
     def convolved(by: Tensor) -> Tensor:
+        by = by.to(x.dtype)
         if transposed:
-            return F.conv_transpose2d(x, by, None, stride, padding, output_padding, groups)
-        return F.conv2d(x, by, None, stride, padding, 1, groups)
+            y = F.conv_transpose2d(x, by, None, stride, padding, output_padding, groups)
+        else:
+            y = F.conv2d(x, by, None, stride, padding, 1, groups)
+        return y if dtype is None or residual is None else y.to(residual.dtype)
 
     if norm == "group":
         return group_norm_act(convolved(weight), norm_groups, norm_weight, bias, eps, act, alpha, gain, residual)
@@ -82,13 +93,15 @@ def conv_block(
             raise refusal("running_mean and running_var", "None", "both, unless training")
         scale = (running_var + eps).rsqrt() if norm_weight is None else norm_weight * (running_var + eps).rsqrt()
         shift = -running_mean * scale if bias is None else bias - running_mean * scale
-        bias = shift.to(x.dtype)
-        weight = (weight * _along(scale, weight, groups, transposed)).to(x.dtype)
+        bias = shift
+        weight = weight * _along(scale, weight, groups, transposed)
     y = convolved(weight)
+    if bias is not None:
+        check_channels(y, bias=bias)
+        bias = bias.to(y.dtype)
     if residual is None:
         return bias_act(y, bias, act=act, alpha=chosen.alpha, gain=chosen.gain)
     check_image(y, residual)
-    check_channels(y, bias=bias)
 
     def plain(y: Tensor, _: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         y = y if bias is None else y + bias[:, None, None].to(y.dtype)
