@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from genfast.reference.bias_act import bias_act as plain_bias_act
+from genfast.reference.upfirdn2d import pair
 
 from ._autograd import wanted
-from ._checks import check_floating, refusal
+from ._checks import LARGEST_INTEGER, check_bytes, check_count, check_floating, refusal
 from ._convolution import autocast_dtype
 from ._norm_act import Statistics, activation, check_channels, check_image, norm_act
 from .bias_act import bias_act
@@ -63,6 +64,7 @@ def conv_block(
         raise refusal("x", f"{x.ndim} dimensions", "4: (B, C, H, W)")
     if weight.ndim != 4 or weight.dtype != x.dtype or weight.device != x.device:
         raise refusal("weight", f"{weight.dtype} {tuple(weight.shape)} on {weight.device}", f"4 dimensions, {x.dtype} on {x.device}")
+    _check_sizes(x, weight, transposed, stride, padding, output_padding, groups)
     if norm not in ("batch", "group", None):
         raise refusal("norm", repr(norm), "'batch', 'group' or None")
     if norm is None and norm_weight is not None:
@@ -111,6 +113,31 @@ def conv_block(
         return plain(y, None, bias, residual)
     none = torch.stack([torch.zeros(1, y.shape[1]), torch.ones(1, y.shape[1])]).to(device=y.device, dtype=torch.float64)
     return norm_act(y, None, bias, residual, Statistics(none, False, y.shape[1], 0.0, None), chosen, plain)[0]
+
+
+def _check_sizes(
+    x: Tensor,
+    weight: Tensor,
+    transposed: bool,
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int],
+    output_padding: int | tuple[int, int],
+    groups: int,
+) -> None:
+    """Numbers that torch's convolution can count with, and pictures that could be held."""
+    check_count("groups", groups)
+    (sy, sx), (py, px), (oy, ox) = (
+        pair(name, value) for name, value in (("stride", stride), ("padding", padding), ("output_padding", output_padding))
+    )
+    for name, numbers, least in (("stride", (sy, sx), 1), ("padding", (py, px), 0), ("output_padding", (oy, ox), 0)):
+        if min(numbers) < least or max(numbers) > LARGEST_INTEGER:
+            raise refusal(name, numbers, f"integers from {least} to {LARGEST_INTEGER}")
+    (height, width), (kh, kw) = x.shape[2:], weight.shape[2:]
+    if transposed:
+        size = (weight.shape[1] * groups, (height - 1) * sy + kh + oy - 2 * py, (width - 1) * sx + kw + ox - 2 * px)
+    else:
+        size = (max(x.shape[1], weight.shape[0]), height + 2 * py, width + 2 * px)
+    check_bytes("stride and padding", (len(x), *size), x)
 
 
 def _along(scale: Tensor, weight: Tensor, groups: int, transposed: bool) -> Tensor:
