@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 
 import torch
@@ -114,14 +113,13 @@ def _grouped(
     """The convolution by each sample's own weights, as groups of one picture."""
     batch = x.shape[0]
     if demodulate:
-        by_sample, by_channel = _ranges(weight, styles)
-        styles, weight = styles * by_sample[:, None], weight * by_channel[:, None, None, None]
+        by_sample = _by_sample(styles)
+        styles = styles * by_sample
     modulated = weight * styles[:, None, :, None, None]
     w = weight[None].expand_as(modulated) if prescaled else modulated
     if demodulate:
-        epsilon = EPSILON * (by_sample[:, None] * by_channel).square()
-        norms = modulated.square().sum([2, 3, 4]) + epsilon
-        w = w * (norms.rsqrt() * (by_sample[:, None] if prescaled else 1.0))[:, :, None, None, None]
+        demodulation = _rsqrt(modulated.square().sum([2, 3, 4]) + EPSILON * by_sample.square())
+        w = w * (demodulation * by_sample if prescaled else demodulation)[:, :, None, None, None]
     if gains is not None and not prescaled:
         w = w * gains[:, None, :, None, None]
     y = conv2d_resample(x.flatten(0, 1)[None], w.flatten(0, 1).to(x.dtype), f, up, down, padding, batch, flip_weight)
@@ -144,32 +142,44 @@ def _dense(
     """The convolution by shared weights of the input scaled by the styles, and what its result is still to be scaled by, (B, K)."""
     demodulation = None
     if demodulate:
-        by_sample, by_channel = _ranges(weight, styles)
-        styles, weight = styles * by_sample[:, None], weight * by_channel[:, None, None, None]
-        epsilon = EPSILON * (by_sample[:, None] * by_channel).square()
-        demodulation = (styles.square() @ weight.square().sum([2, 3]).t() + epsilon).rsqrt()
+        squares = weight.square().sum([2, 3])
+        if x.dtype == torch.float16:
+            by_sample, by_channel = _short_ranges(squares.detach(), styles.detach(), weight[0].numel())
+            weight, squares = weight * by_channel[:, None, None, None], squares * by_channel.square()[:, None]
+            constants = by_sample * by_channel
+        else:
+            constants = by_sample = _by_sample(styles)
+        styles = styles * by_sample
+        demodulation = _rsqrt(styles.square() @ squares.t() + EPSILON * constants.square())
         if prescaled:  # x has the styles as they were
-            demodulation = demodulation * by_sample[:, None]
+            demodulation = demodulation * by_sample
     if not prescaled:
         x = modulate_bias_act(x, scale=styles if gains is None else styles * gains)
     return conv2d_resample(x, weight.to(x.dtype), f, up, down, padding, flip_weight=flip_weight), demodulation
 
 
-def _ranges(weight: Tensor, styles: Tensor) -> tuple[Tensor, Tensor]:
-    """Constants (B,) and (K,) by which styles and weights are multiplied, so that neither leaves the range of a short dtype, and squares do
-    not leave that of a wide one. Demodulation, with epsilon multiplied as well, takes them out again: they are constants to a derivative.
+def _by_sample(styles: Tensor) -> Tensor:
+    """Constants (B, 1) that bring the styles of each sample to 1, or up to it, so that no square leaves the range of float32. Demodulation,
+    with epsilon multiplied as well, takes them out again: they are constants to a derivative."""
+    return 1 / styles.detach().abs().amax(1, keepdim=True).clamp(min=EPSILON**0.5)
 
-    They bring the largest style of a sample to 1, and so the largest norm that a channel's weights may have. Where these are small the
-    product of both constants stays at 1 / sqrt(epsilon), by which gradients grow at zero styles or weights: beyond it the steps between
-    would leave the range. In float16 a gradient is right in proportion to the largest of styles and weights.
+
+def _rsqrt(norms: Tensor) -> Tensor:
+    """1 / sqrt(norms), whose derivative does not go through norms^(-3/2), which would leave the range of float32."""
+    near = norms.detach().rsqrt()
+    return near * (norms * near * near).rsqrt()
+
+
+def _short_ranges(squares: Tensor, styles: Tensor, elements: int) -> tuple[Tensor, Tensor]:
+    """Constants (B, 1) and (K,) for styles and weights that keep a convolution in the range of float16, in both directions.
+
+    ``squares`` (K, C): of the weights, summed over the taps; ``elements`` of one channel's weights. The constants bring the largest style
+    of a sample to 1, and so the largest norm that a channel's weights may have. Where these are small the product of both stays at
+    1 / sqrt(epsilon), by which gradients grow at zero styles or weights: beyond it the steps between would leave the range. The
+    gradients of styles and weights are right in proportion to the larger of both.
     """
-    weight, styles = weight.detach(), styles.detach()
-    if weight.numel() == 0 or styles.numel() == 0:
-        return styles.new_ones(len(styles)), weight.new_ones(len(weight))
     most = EPSILON**-0.5
-    least = most**-0.5
-    s = styles.abs().amax(1)
-    w = torch.linalg.vector_norm(weight, math.inf, [1, 2, 3]) * weight[0].numel() ** 0.5
+    s, w = styles.abs().amax(1, keepdim=True), (squares.amax(1) * elements).sqrt()
     # A sample or a channel that is not a number leaves the others alone.
-    s_floor, w_floor = (1 / (most * t.nan_to_num(0.0, 0.0).amax().clamp(min=least)) for t in (w, s))
+    s_floor, w_floor = (1 / (most * t.nan_to_num(0.0, 0.0).amax().clamp(min=most**-0.5)) for t in (w, s))
     return 1 / torch.maximum(s, s_floor), 1 / torch.maximum(w, w_floor)

