@@ -81,7 +81,9 @@ def upfirdn2d(
     f = torch.ones(1, 1, device=x.device) if f is None else f
     resampling = _Resampling(pair("up", up), pair("down", down), padding_of(padding), bool(flip_filter), number("gain", gain))
     for name, scaling in (("up", resampling.up), ("down", resampling.down)):
-        if min(scaling) < 1 or max(scaling) > LARGEST_INTEGER:
+        if min(scaling) < 1:
+            raise refusal(name, scaling, "integers of at least 1")
+        if max(scaling) > LARGEST_INTEGER:
             raise refusal(name, scaling, f"integers from 1 to {LARGEST_INTEGER}")
     check_padding(padding, resampling.padding)
     if min(resampling.size((x.shape[3], x.shape[2]), f)) < 1:
