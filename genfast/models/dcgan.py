@@ -7,12 +7,12 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfast.models.pyramid import DTYPES
 from genfast.nn.conv import ConvBlock
 from genfast.nn.impl import check_impl
+from genfast.nn.plain import call
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,9 @@ class TorchBlock(nn.Module):
         self.norm = nn.BatchNorm2d(out_channels) if norm else None
         self.bias = None if norm else nn.Parameter(torch.zeros(out_channels))
         self.act = {"relu": nn.ReLU(), "lrelu": nn.LeakyReLU(alpha), "tanh": nn.Tanh(), "linear": nn.Identity()}[act]
-        self.transposed, self.stride, self.padding = transposed, stride, padding
 
     def forward(self, x: Tensor) -> Tensor:
-        convolve = F.conv_transpose2d if self.transposed else F.conv2d
-        y = convolve(x, self.conv.weight.to(x.dtype), None, self.stride, self.padding)
+        y = call(self.conv, x)
         if self.norm is not None:
             y = self.norm(y)
         elif self.bias is not None:

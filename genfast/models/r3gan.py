@@ -75,10 +75,11 @@ class ResidualBlock(nn.Module):
         self.bias1, self.bias2 = (nn.Parameter(torch.zeros(inner)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        namespace, dtype = NAMESPACES[self.impl], x.dtype
-        y = namespace.bias_act(_convolve(self.impl, x, self.weight1), self.bias1.to(dtype), act="lrelu", gain=1.0)
+        namespace = NAMESPACES[self.impl]
+        y = _convolve(self.impl, x, self.weight1)
+        y = namespace.bias_act(y, self.bias1.to(y.dtype), act="lrelu", gain=1.0)
         y = _convolve(self.impl, y, self.weight2, padding=1, groups=self.groups)
-        y = namespace.bias_act(y, self.bias2.to(dtype), act="lrelu", gain=1.0)
+        y = namespace.bias_act(y, self.bias2.to(y.dtype), act="lrelu", gain=1.0)
         return x + _convolve(self.impl, y, self.weight3)
 
 
@@ -161,4 +162,4 @@ class Discriminator(nn.Module):
         for side, blocks in zip(config.sides[::-1], self.sides, strict=True):
             x = blocks(x.to(config.dtype(side, wide)))
         features = F.conv2d(x.to(wide), self.basis, groups=config.channels(4)).flatten(1)
-        return F.linear(features, self.logit)[:, 0]
+        return F.linear(features, self.logit)[:, 0].to(wide)

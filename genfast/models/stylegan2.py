@@ -69,9 +69,9 @@ class Mapping(nn.Module):
         w: Tensor = self.layers(namespace.pixel_norm(z))
         if self.training:
             with torch.no_grad():
-                self.average.lerp_(w.detach()[:batch].mean(0), 0.005)
+                self.average.lerp_(w.detach()[:batch].mean(0).to(self.average.dtype), 0.005)
         if truncation != 1:
-            w = torch.lerp(self.average, w, truncation)
+            w = torch.lerp(self.average, w.to(self.average.dtype), truncation)
         w, others = w[:batch, None], w[batch:, None]
         if not mixed:
             return w.expand(-1, config.styles, -1)
@@ -169,4 +169,4 @@ class Discriminator(nn.Module):
             x = block(x.to(config.dtype(side, wide)))
         x = NAMESPACES[self.impl].minibatch_stddev(x.to(wide), config.stddev_group)
         logits: Tensor = self.logit(self.hidden(self.last(x).flatten(1)))
-        return logits[:, 0]
+        return logits[:, 0].to(wide)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor, nn
 
 from genfast import ops, reference
+from genfast.nn.plain import plain
 
 _NAMESPACES: dict[str, ModuleType] = {"fused": ops, "reference": reference}
-_NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
+_NORMS: dict[str, Any] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 _ROPES = {"interleaved": True, "half": False}
 
 
@@ -28,7 +30,8 @@ class Attention(nn.Module):
     the packed projections; the last one has its own always. ``causal``: a token sees those before it. ``impl``: "fused" or "reference".
 
     State dict as timm's: ``qkv`` ((heads + 2 kv_heads) head_dim, dim), q's heads first, then k's, then v's; or ``q`` and ``kv`` for
-    cross-attention; ``q_norm`` and ``k_norm``; ``proj``. Wrong arguments are a ValueError.
+    cross-attention; ``q_norm`` and ``k_norm``; ``proj``. Wrong arguments are a ValueError. Submodules may be hooked, wrapped, adapted or
+    replaced: norms that are not torch's own as they are (`genfast.nn.plain`) are called.
     """
 
     def __init__(
@@ -92,17 +95,19 @@ class Attention(nn.Module):
             q = self.q(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
             k, v = self.kv(context).unflatten(2, (-1, self.head_dim)).transpose(1, 2).chunk(2, dim=1)
         namespace = _NAMESPACES[self.impl]
-        if self.qk_norm is not None or rope is not None:
-            norms = (self.q_norm, self.k_norm) if self.qk_norm is not None else (None, None)
-            weights, biases = ([getattr(norm, name, None) for norm in norms] for name in ("weight", "bias"))
-            q, k = namespace.qknorm_rope(
-                *(q, k, *weights, *(rope or (None, None))),
-                norm=self.qk_norm,
-                eps=self.eps,
-                interleaved=_ROPES.get(self.rope or "", True),
-                q_bias=biases[0],
-                k_bias=biases[1],
-            )
+        norm: str | None = None
+        options: dict[str, Any] = {"interleaved": _ROPES.get(self.rope or "", True)}
+        if self.qk_norm is not None:
+            norm = _fused_norm(self.q_norm, self.k_norm, self.head_dim)
+            if norm is None:
+                q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+            else:
+                options |= {f"{name}_weight": m.weight for name, m in (("q", self.q_norm), ("k", self.k_norm))}
+                options |= {f"{name}_bias": getattr(m, "bias", None) for name, m in (("q", self.q_norm), ("k", self.k_norm))}
+                options["eps"] = self.q_norm.eps
+        if norm is not None or rope is not None:
+            cos, sin = (None, None) if rope is None else rope
+            q, k = namespace.qknorm_rope(q, k, cos=cos, sin=sin, norm=norm, **options)
         o: Tensor = namespace.attention(q, k, v, bias, mask, self.causal)
         out: Tensor = self.proj(o.transpose(1, 2).flatten(2))
         return out
@@ -110,3 +115,12 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         names = ("heads", "kv_heads", "head_dim", "rope", "causal", "impl")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+
+def _fused_norm(q_norm: Any, k_norm: Any, head_dim: int) -> str | None:
+    """Which norm `genfast.ops.qknorm_rope` has to compute in place of calls of both modules; None where they have to be called."""
+    for name, cls in _NORMS.items():
+        if plain(q_norm, cls) and plain(k_norm, cls):
+            q, k = ((tuple(m.normalized_shape), m.eps, m.weight is None, getattr(m, "bias", None) is None) for m in (q_norm, k_norm))
+            return name if q == k and q[0] == (head_dim,) and q[1] is not None else None
+    return None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+LARGEST_INTEGER = 2**31 - 1  # of a scaling, a padding or a number of groups, so that sizes made of them fit into 64 bits
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -33,12 +34,28 @@ def check_floating(name: str, t: Tensor) -> None:
 def check_count(name: str, value: int) -> None:
     if not isinstance(value, int) or value < 1:
         raise refusal(name, repr(value), "an integer of at least 1")
+    if value > LARGEST_INTEGER:
+        raise refusal(name, value, f"integers from 1 to {LARGEST_INTEGER}")
+
+
+def check_padding(given: object, padding: Sequence[int]) -> None:
+    if max(padding) > LARGEST_INTEGER or min(padding) < -LARGEST_INTEGER:
+        raise refusal("padding", given, f"integers from -{LARGEST_INTEGER} to {LARGEST_INTEGER}")
+
+
+def check_bytes(name: str, shape: Sequence[int], like: Tensor) -> None:
+    """A result of this shape would fit into the addresses of a process."""
+    size = like.element_size()
+    for n in shape:
+        size = size * n
+    if size >= 2**47:
+        raise refusal(name, f"a picture of shape {tuple(shape)} to make", "pictures of less than 2**47 bytes")
 
 
 def number(name: str, value: float) -> float:
     try:
         return float(value + 0)  # float() alone would take a string
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise refusal(name, value if isinstance(value, (str, list, tuple)) else f"a {type(value).__name__}", "a number") from None
 
 

@@ -29,6 +29,14 @@ class _Geometry(NamedTuple):
     groups: int
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """In which dtype a convolution of ``x`` is computed under torch.autocast; None without it, and for float64, which it leaves alone."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def convolution(
     x: Tensor,
     weight: Tensor,
@@ -37,9 +45,13 @@ def convolution(
     groups: int = 1,
     transposed: bool = False,
 ) -> Tensor:
-    """`torch.nn.functional.conv2d`, or `conv_transpose2d`, without a bias: the same values, memory format and first derivatives."""
+    """`torch.nn.functional.conv2d`, or `conv_transpose2d`, without a bias: the same values, memory format and first derivatives;
+    under torch.autocast in its dtype."""
     others = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if others or torch.is_autocast_enabled(x.device.type) or x.numel() == 0 or not wanted((x, weight)):
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+    if others or x.numel() == 0 or not wanted((x, weight)):
         if transposed:
             return F.conv_transpose2d(x, weight, None, stride, padding, 0, groups)
         return F.conv2d(x, weight, None, stride, padding, 1, groups)

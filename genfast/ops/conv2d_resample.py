@@ -7,7 +7,7 @@ from torch import Tensor
 from genfast.reference.conv2d_resample import resample_padding
 from genfast.reference.upfirdn2d import Pair
 
-from ._checks import check_count, check_is_tensor, refusal
+from ._checks import check_bytes, check_count, check_is_tensor, check_padding, refusal
 from ._convolution import convolution
 from .upfirdn2d import check_filter, upfirdn2d
 
@@ -39,13 +39,16 @@ def conv2d_resample(
     w = w.to(x.dtype)
     height, width = w.shape[2:]
     around = resample_padding(f, padding, up, down)
+    check_padding(padding, around)
+    left, right, top, bottom = around
+    largest = (len(x), max(len(w), x.shape[1]), x.shape[2] * up + top + bottom, x.shape[3] * up + left + right)
+    check_bytes("up and padding", largest, x)
     correlated = w if flip_weight else w.flip([2, 3])
     if up == 1 and down > 1 and height == width == 1:
         return convolution(upfirdn2d(x, f, down=down, padding=around, flip_filter=flip_filter), w, groups=groups)
     if up == 1 and down > 1:
         return convolution(upfirdn2d(x, f, padding=around, flip_filter=flip_filter), correlated, stride=down, groups=groups)
     if up == 1:
-        left, right, top, bottom = around
         if left == right >= 0 and top == bottom >= 0:
             return convolution(x, correlated, padding=(top, left), groups=groups)
         return convolution(upfirdn2d(x, None, padding=around), correlated, groups=groups)

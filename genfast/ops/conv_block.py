@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from genfast.reference.bias_act import bias_act as plain_bias_act
+from genfast.reference.upfirdn2d import pair
 
 from ._autograd import wanted
-from ._checks import check_floating, refusal
+from ._checks import LARGEST_INTEGER, check_bytes, check_count, check_floating, refusal
+from ._convolution import autocast_dtype
 from ._norm_act import Statistics, activation, check_channels, check_image, norm_act
 from .bias_act import bias_act
 from .bn_act import bn_act
@@ -52,8 +54,9 @@ def conv_block(
     ``running_var``, ``training``, ``momentum`` and ``process_group``, "group" with ``norm_groups`` groups, or None; ``norm_weight`` and
     ``bias`` (K,) belong to the norm, in any of those dtypes, and without one ``bias`` is the convolution's; ``residual`` like the result;
     ``act`` and ``alpha`` as `bias_act`. Returns (B, K, H', W') in the memory format that the convolution gives. After it comes one pass
-    over the pictures, two for moments of its own; in evaluation batch normalisation is folded into the weight. Differentiable in every
-    tensor but the running ones: docs/derivatives.md. Raises ValueError for anything else.
+    over the pictures, two for moments of its own; in evaluation batch normalisation is folded into the weight. Under torch.autocast x and
+    weight are taken in its dtype, and the result has that, or the wider one of it and the residual's. Differentiable in every tensor but
+    the running ones: docs/derivatives.md. Raises ValueError for anything else.
     """
     check_floating("x", x)
     check_floating("weight", weight)
@@ -61,16 +64,26 @@ def conv_block(
         raise refusal("x", f"{x.ndim} dimensions", "4: (B, C, H, W)")
     if weight.ndim != 4 or weight.dtype != x.dtype or weight.device != x.device:
         raise refusal("weight", f"{weight.dtype} {tuple(weight.shape)} on {weight.device}", f"4 dimensions, {x.dtype} on {x.device}")
+    _check_sizes(x, weight, transposed, stride, padding, output_padding, groups)
     if norm not in ("batch", "group", None):
         raise refusal("norm", repr(norm), "'batch', 'group' or None")
     if norm is None and norm_weight is not None:
         raise refusal("norm_weight", "a tensor", "None without a norm")
     chosen = activation(act, alpha, gain)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x = x.to(dtype)
+        if residual is not None:  # the sum has the wider dtype, as torch's
+            check_floating("residual", residual)
+            residual = residual.to(torch.promote_types(dtype, residual.dtype))
 
     def convolved(by: Tensor) -> Tensor:
+        by = by.to(x.dtype)
         if transposed:
-            return F.conv_transpose2d(x, by, None, stride, padding, output_padding, groups)
-        return F.conv2d(x, by, None, stride, padding, 1, groups)
+            y = F.conv_transpose2d(x, by, None, stride, padding, output_padding, groups)
+        else:
+            y = F.conv2d(x, by, None, stride, padding, 1, groups)
+        return y if dtype is None or residual is None else y.to(residual.dtype)
 
     if norm == "group":
         return group_norm_act(convolved(weight), norm_groups, norm_weight, bias, eps, act, alpha, gain, residual)
@@ -82,13 +95,15 @@ def conv_block(
             raise refusal("running_mean and running_var", "None", "both, unless training")
         scale = (running_var + eps).rsqrt() if norm_weight is None else norm_weight * (running_var + eps).rsqrt()
         shift = -running_mean * scale if bias is None else bias - running_mean * scale
-        bias = shift.to(x.dtype)
-        weight = (weight * _along(scale, weight, groups, transposed)).to(x.dtype)
+        bias = shift
+        weight = weight * _along(scale, weight, groups, transposed)
     y = convolved(weight)
+    if bias is not None:
+        check_channels(y, bias=bias)
+        bias = bias.to(y.dtype)
     if residual is None:
         return bias_act(y, bias, act=act, alpha=chosen.alpha, gain=chosen.gain)
     check_image(y, residual)
-    check_channels(y, bias=bias)
 
     def plain(y: Tensor, _: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         y = y if bias is None else y + bias[:, None, None].to(y.dtype)
@@ -98,6 +113,31 @@ def conv_block(
         return plain(y, None, bias, residual)
     none = torch.stack([torch.zeros(1, y.shape[1]), torch.ones(1, y.shape[1])]).to(device=y.device, dtype=torch.float64)
     return norm_act(y, None, bias, residual, Statistics(none, False, y.shape[1], 0.0, None), chosen, plain)[0]
+
+
+def _check_sizes(
+    x: Tensor,
+    weight: Tensor,
+    transposed: bool,
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int],
+    output_padding: int | tuple[int, int],
+    groups: int,
+) -> None:
+    """Numbers that torch's convolution can count with, and pictures that could be held."""
+    check_count("groups", groups)
+    (sy, sx), (py, px), (oy, ox) = (
+        pair(name, value) for name, value in (("stride", stride), ("padding", padding), ("output_padding", output_padding))
+    )
+    for name, numbers, least in (("stride", (sy, sx), 1), ("padding", (py, px), 0), ("output_padding", (oy, ox), 0)):
+        if min(numbers) < least or max(numbers) > LARGEST_INTEGER:
+            raise refusal(name, numbers, f"integers from {least} to {LARGEST_INTEGER}")
+    (height, width), (kh, kw) = x.shape[2:], weight.shape[2:]
+    if transposed:
+        size = (weight.shape[1] * groups, (height - 1) * sy + kh + oy - 2 * py, (width - 1) * sx + kw + ox - 2 * px)
+    else:
+        size = (max(x.shape[1], weight.shape[0]), height + 2 * py, width + 2 * px)
+    check_bytes("stride and padding", (len(x), *size), x)
 
 
 def _along(scale: Tensor, weight: Tensor, groups: int, transposed: bool) -> Tensor:

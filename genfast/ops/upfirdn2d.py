@@ -14,9 +14,11 @@ from genfast.reference.upfirdn2d import Pair, filter_size, padding_of, pair, sam
 
 from . import _backend
 from ._autograd import gradient_rule, refuse_lost_derivatives, tangent_rule, wanted
-from ._checks import check_floating, number, refusal
+from ._checks import LARGEST_INTEGER, check_bytes, check_floating, check_padding, number, refusal
 
 __all__ = ["downsample2d", "filter2d", "setup_filter", "upfirdn2d", "upsample2d"]
+
+_MARGIN = 1024  # elements beside the picture up to which the kernels compute a place as any other
 
 SCHEMAS = {
     "upfirdn2d_": "(Tensor(a!) out, Tensor x, Tensor fx, Tensor? fy, int[] up, int[] down, int[] pad) -> ()",
@@ -40,7 +42,7 @@ class _Resampling(NamedTuple):
 
     def transposed(self, size: Sequence[int], f: Tensor) -> _Resampling:
         """The transpose of this resampling of an input (W, H): from gradients of the output to those of the input."""
-        padding: list[int] = []
+        padding: list[int] = []  # not bounded as that of a caller is, but by sizes of tensors that there are
         for i, (taps, out) in enumerate(zip(filter_size(f), self.size(size, f), strict=True)):
             before = self.padding[2 * i]
             padding += [taps - before - 1, size[i] * self.up[i] - out * self.down[i] + before - self.up[i] + 1]
@@ -81,8 +83,12 @@ def upfirdn2d(
     for name, scaling in (("up", resampling.up), ("down", resampling.down)):
         if min(scaling) < 1:
             raise refusal(name, scaling, "integers of at least 1")
+        if max(scaling) > LARGEST_INTEGER:
+            raise refusal(name, scaling, f"integers from 1 to {LARGEST_INTEGER}")
+    check_padding(padding, resampling.padding)
     if min(resampling.size((x.shape[3], x.shape[2]), f)) < 1:
         raise refusal("padding", padding, f"enough for one place of the filter {filter_size(f)} in the picture")
+    check_bytes("up and padding", (*x.shape[:2], *resampling.size((x.shape[3], x.shape[2]), f)[::-1]), x)
     if wanted((x,)):
         result: Tensor = _differentiable(x, f, resampling)
         return result
@@ -174,15 +180,35 @@ def _upfirdn2d(x: Tensor, f: Tensor, up: list[int], down: list[int], padding: li
     r = _resampling(up, down, padding, flip_filter, gain)
     out = _empty(x, f, r)
     f = f.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    f = f.contiguous() if flip_filter else f.flip(list(range(f.ndim)))
+    f = (f if flip_filter else f.flip(list(range(f.ndim)))).contiguous()
     scaled = f if gain == 1 else f * gain
     fx, fy = (f, scaled) if f.ndim == 1 else (scaled, None)
-    left, _, top, _ = r.padding
     x = x.contiguous(memory_format=layout_of(x))
-    if x.numel():
-        _backend.namespace.upfirdn2d_(out, x, fx, fy, up, down, [left, top])
-        return out
-    return out.zero_()
+    if x.numel() == 0:
+        return out.zero_()
+    met = [_met(r, axis, x.shape[3 - axis], out.shape[3 - axis], filter_size(f)[axis]) for axis in (0, 1)]
+    part, pad = out, [r.padding[0], r.padding[2]]
+    beyond = [max(first, out.shape[3 - axis] - last) * down[axis] for axis, (first, last) in enumerate(met)]
+    if any(elements > _MARGIN * scaling for elements, scaling in zip(beyond, up, strict=True)):
+        # Far from the picture all is zero, and the kernels would lay out every one of these places.
+        if any(first >= last for first, last in met):
+            return out.zero_()
+        (left, right), (top, bottom) = met
+        part = torch.empty((*x.shape[:2], bottom - top, right - left), dtype=x.dtype, device=x.device, memory_format=layout_of(x))
+        pad = [pad[0] - left * down[0], pad[1] - top * down[1]]
+    # Where there is one element, or one place, along an axis, no distance to the next one counts.
+    up = [1 if x.shape[3 - axis] == 1 else n for axis, n in enumerate(up)]
+    down = [1 if part.shape[3 - axis] == 1 else n for axis, n in enumerate(down)]
+    _backend.namespace.upfirdn2d_(part, x, fx, fy, up, down, pad)
+    if part is not out:
+        out.zero_()[:, :, top:bottom, left:right] = part
+    return out
+
+
+def _met(r: _Resampling, axis: int, size: int, out: int, taps: int) -> tuple[int, int]:
+    """The first place along an axis (0 for x) where the filter meets the picture, and the one after the last."""
+    up, down, before = r.up[axis], r.down[axis], r.padding[2 * axis]
+    return max(0, -((taps - 1 - before) // down)), min(out, ((size - 1) * up + before) // down + 1)
 
 
 def _upfirdn2d_(out: Tensor, x: Tensor, fx: Tensor, fy: Tensor | None, up: list[int], down: list[int], pad: list[int]) -> None:

@@ -56,9 +56,19 @@ def setup_filter(
     """A float32 filter for `upfirdn2d` from taps: (h, w), (taps,), one number or None for the identity.
 
     ``normalize`` makes the taps sum to 1; ``gain`` then multiplies the signal's magnitude; ``separable`` keeps one-dimensional taps as
-    they are, to be used along both axes (the default from 8 taps on), else they become their outer product.
+    they are, to be used along both axes (the default from 8 taps on), else they become their outer product. Raises ValueError for
+    anything else: no tap, more than two dimensions, numbers that float32 cannot hold, or with ``normalize`` a sum of zero.
     """
-    taps = torch.as_tensor(1.0 if f is None else f, dtype=torch.float32)
+    supported = "one number, (taps,) or (h, w), finite and not empty"
+    try:
+        taps = torch.as_tensor(1.0 if f is None else f, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"f: got {f!r}, supported: {supported}") from None
+    known = not torch._C._len_torch_dispatch_stack()  # a tracer has no numbers
+    if taps.ndim > 2 or taps.numel() == 0 or (known and not bool(taps.isfinite().all())):
+        raise ValueError(f"f: got {f'shape {tuple(taps.shape)}' if taps.ndim > 2 else f!r}, supported: {supported}")
+    if normalize and known and float(taps.sum()) == 0:
+        raise ValueError(f"f: got {f!r}, whose sum is zero, supported: taps of another sum, or normalize=False")
     taps = taps[None] if taps.ndim == 0 else taps
     if separable is None:
         separable = taps.ndim == 1 and taps.numel() >= 8
@@ -68,8 +78,12 @@ def setup_filter(
         taps = taps / taps.sum()
     if flip_filter:
         taps = taps.flip(list(range(taps.ndim)))
-    scale: float = gain ** (taps.ndim / 2)
-    return (taps * scale).to(device)
+    try:
+        scale: float = float(gain) ** (taps.ndim / 2)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"gain: got {gain!r}, supported: a number that float64 holds") from None
+    scaled: Tensor = taps * scale
+    return scaled.to(device)
 
 
 def upfirdn2d(

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kGrainElements = 16384;      // outputs below which a thread costs more than it brings
 constexpr int64_t kScratchElements = 1 << 15;  // of a strip: stays in L2
+constexpr int64_t kFarRows = 64;               // input rows between two output rows beyond which a strip is one row
 
 template <class T>
 void run(const Upfirdn2dParams& p, int64_t element_size) {
@@ -24,6 +25,10 @@ void run(const Upfirdn2dParams& p, int64_t element_size) {
   const int64_t common = std::gcd(x.up, x.down);
   t.residues = x.up / common;
   t.advance = x.down / common;
+  if (t.residues >= x.out) {  // each output has taps of its own, and none is `advance` elements after another
+    t.residues = x.out;
+    t.advance = 1;
+  }
 
   // The element that tap `j` of residue r's first output meets, in or outside the row.
   std::vector<PhaseTap> taps;
@@ -53,7 +58,8 @@ void run(const Upfirdn2dParams& p, int64_t element_size) {
   const int64_t row = p.channels_last ? 0 : t.advance * t.part;
   const int64_t kept = p.fy ? t.line : row;  // elements kept for each input row that a strip meets
   const int64_t rows = kept ? std::max<int64_t>(1, kScratchElements / kept) * y.up / y.down : 4;
-  t.strip_rows = std::clamp<int64_t>(rows, p.fy ? 16 : 4, std::max<int64_t>(y.out, 16));
+  const int64_t fewest = y.down > kFarRows ? 1 : p.fy ? 16 : 4;  // rows far apart share no input rows
+  t.strip_rows = std::clamp<int64_t>(rows, fewest, std::max<int64_t>(y.out, 16));
   t.strips = (y.out + t.strip_rows - 1) / t.strip_rows;
   t.input_rows = std::min(y.in, ((t.strip_rows - 1) * y.down + y.taps) / y.up + 2);
   t.scratch = p.fy ? row + t.input_rows * t.line : t.input_rows * row;
