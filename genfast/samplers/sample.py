@@ -32,7 +32,7 @@ Callback = Callable[[int, float, Tensor, Tensor], None]
 _NAMESPACES: dict[str, ModuleType] = {"fused": ops, "reference": reference}
 _CHANNELS_LAST = {torch.channels_last: 4, torch.channels_last_3d: 5}
 _START = math.exp(5.1)  # sigma / alpha where the default grid of an epsilon network begins: docs/clipping.md
-_GROWTH = 30.0  # what a step may multiply the network's error by without a warning
+_GROWTH = 15.0  # what a step may multiply the network's error by without a warning
 _NEVER = torch.iinfo(torch.int64).max  # what the watch holds while every state is finite
 
 
@@ -42,7 +42,7 @@ class Sampler:
     ``solver``: a name in `genfast.samplers.SOLVERS`, or a function from a `Grid` to rows; ``options`` are its own (``eta=``, ``order=``).
     ``steps``, ``sigmas``, ``timesteps``: the grid, as `genfast.schedules.grid` takes them.
     The default grid of an epsilon network without ``clip`` and ``threshold`` begins at sigma / alpha = 164, and a grid whose largest step
-    would multiply the network's error by more than 30 gives a UserWarning (docs/clipping.md).
+    would multiply the network's error by more than 15 gives a UserWarning (docs/clipping.md).
     ``guidance_scale``: g of uncond + g (cond - uncond) (Ho and Salimans 2022); or a list or tensor with one for each sample; or a function
     of sigma (sigma / alpha; for flows t) that returns either, such as a guidance interval. Where it is 1 for all samples the unconditional
     half is not evaluated. ``guidance_rescale``: phi of Lin et al. 2024, equation 16.
@@ -505,8 +505,8 @@ class Run:
     def _call_back(self, step: int, point: Point, denoised: int) -> None:
         assert self.sampler.callback is not None
         d = self.ring[denoised]
-        if any(denoised in row.reads for row in self.plan.rows):
-            d = d.clone()  # the solver's history is not the callback's to edit: what it would change depends on the solver
+        if denoised == 0 or any(denoised in row.reads for row in self.plan.rows):
+            d = d.clone()  # the state or the solver's history: what an edit of it would change depends on the solver
         returned = self.sampler.callback(step, self.den.noise.sigma_of(point), self.ring[0], d)  # type: ignore[func-returns-value]
         if returned is not None:
             raise TypeError(f"callback: returned a {type(returned).__name__}, supported: None")
