@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,6 +133,29 @@ def test_the_growth_is_what_a_step_makes_of_an_error() -> None:
         ]
         moved = float((states[1] - states[0]).abs().max()) / np.hypot(grid.alpha[-1], grid.sigma[-1])
         assert Denoiser(torch.tanh, "epsilon", noise=noise).error_growth(grid) == pytest.approx(moved / error, rel=1e-6)
+
+
+def documented() -> list[tuple[str, dict, float, float]]:
+    """The cells of docs/clipping.md's last table: solver, options, the network's error, and the spread."""
+    lines = (Path(__file__).parents[2] / "docs" / "clipping.md").read_text().split("| grid and options |")[1].splitlines()
+    solvers = re.findall(r"`(\w+)`", lines[0])
+    names = {"functools": functools, "karras": schedules.karras}
+    cells = []
+    for line in lines[2:]:
+        if line.startswith("|"):
+            label, *values = (cell.strip() for cell in line.strip("|").split("|"))
+            options = eval(f"dict({', '.join(re.findall('`(.*?)`', label))})", names)
+            cells += [
+                (s, options, 0.0 if "exact" in label else 0.01, float(v.replace(",", ""))) for s, v in zip(solvers, values, strict=True)
+            ]
+    return cells
+
+
+@pytest.mark.parametrize(("solver", "options", "error", "expected"), documented(), ids=str)
+def test_the_documented_spreads(solver: str, options: dict, error: float, expected: float) -> None:
+    warnings.simplefilter("ignore", UserWarning)
+    out = Sampler(solver, 20, progress=False, **options)(network(COSINE, error=error), (2000, 2), seeds=range(2000))
+    assert float(out.std()) == pytest.approx(expected, rel=0.01, abs=0.006)
 
 
 def test_zero_terminal_snr_starts_where_epsilon_can_be_read() -> None:
