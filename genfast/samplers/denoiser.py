@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genfast.ops._checks import DTYPES, check_dtype
+from genfast.ops._checks import DTYPES, check_dtype, number
 from genfast.schedules import Grid, NoiseSchedule, Point
 
 Condition = Tensor | Mapping[str, Any] | None
@@ -167,7 +167,7 @@ class Denoiser:
 
     def __call__(self, x: Tensor, sigma: float, cond: Condition = None) -> Tensor:
         """The denoised prediction for ``x`` (B, \\*sample) at one ``sigma`` (sigma / alpha; for flows t). Differentiable."""
-        point = Point(*(float(v) for v in self.noise.at_sigmas(sigma)))
+        point = Point(*(float(v) for v in self.noise.at_sigmas(number("sigma", sigma))))
         t = torch.full((len(x),), self.time_value(point), device=x.device)
         m = self.evaluate((self.c_in(point) * x).to(self.input_dtype(x.dtype)), t, cond).to(x.dtype)
         m = m if self.variance is None else m.chunk(2, 1)[0]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from genfast import ops, reference
-from genfast.ops._checks import check_dtype
+from genfast.ops._checks import check_dtype, versions
 from genfast.reference.solver_step import layout_of, rescale_factor
 from genfast.schedules import Grid, NoiseSchedule, Point, Sigmas, grid
 
@@ -424,7 +424,10 @@ class Run:
         if self.model_input is not None and not guided:
             x = x[-self.batch :]  # the conditional half
         t = self.program.times.index_select(0, self.counter).expand(len(x))
+        before = versions(self.ring)
         out = self.den.evaluate(x, t, self.conditions[guided])
+        if self.model_input is None and versions(self.ring) != before:
+            raise ValueError("net: wrote into its input, which is the state of the run, supported: networks that leave it as it is")
         if self.den.variance is not None:
             out, variance = out.chunk(2, 1)
             if self.deviations is not None:

@@ -335,5 +335,5 @@ def test_log_likelihood_of_normal_data(dtype):
 
 def test_log_likelihood_needs_torchdiffeq(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
-    with pytest.raises(ImportError, match=r"log_likelihood: torchdiffeq is not installed, supported: pip install genfast\[k-diffusion\]"):
+    with pytest.raises(ImportError, match=r"log_likelihood: torchdiffeq is not installed, supported: pip install torchdiffeq"):
         K.log_likelihood(model, start(), LOW, HIGH)

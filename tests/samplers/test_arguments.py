@@ -305,6 +305,32 @@ def test_a_plan_of_something_else(other: object) -> None:
         make_plan("euler", other)
 
 
+def test_a_network_that_writes_into_the_state() -> None:
+    """Where its input is the state itself, silently another run; where it is a buffer of its own, nobody's business."""
+
+    def hasty(x: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
+        return x.clamp_(-1, 1) * 0.5
+
+    with pytest.raises(ValueError, match="net: wrote into its input, which is the state of the run, supported: networks that leave it"):
+        sampler()(Denoiser(hasty, "v", noise=VP), SHAPE, seeds=range(3))
+    sampler(guidance_scale=3.0)(Denoiser(hasty, "v", noise=VP), SHAPE, seeds=range(3), **SHIFTS)
+    with torch.inference_mode():
+        sampler()(DEN, SHAPE, seeds=range(3))
+
+
+@pytest.mark.parametrize("sigma", [torch.ones(3), "1.0", None, [1.0, 2.0]])
+def test_a_denoiser_is_asked_at_one_sigma(sigma: object) -> None:
+    assert torch.equal(DEN(torch.ones(SHAPE), torch.tensor(1.5)), DEN(torch.ones(SHAPE), 1.5))
+    with pytest.raises(ValueError, match=r"sigma: got .*, supported: a number"):
+        DEN(torch.ones(SHAPE), sigma)
+
+
+@pytest.mark.parametrize("other", [nn.Linear(2, 2), VP])
+def test_a_plan_compiled_for_something_else(other: object) -> None:
+    with pytest.raises(TypeError, match="den: got a"):
+        sampler().plan(DEN).compile(other)
+
+
 @pytest.mark.parametrize("other", [VP, None, DEN, "unet"])
 def test_a_denoiser_of_something_else(other: object) -> None:
     with pytest.raises(ValueError, match=rf"net: got a {type(other).__name__}, supported: a network"):

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from genfast.ops._checks import check_floating, refusal
+from genfast.ops._checks import check_floating, refusal, versions
 from genfast.samplers import Row
 from genfast.samplers.adaptive import PIDStepSizeController
 from genfast.schedules import Point
 
-from .loop import STEP_START, Callback, ExtraArgs, Model, Packed, pack, run, versions
+from .loop import STEP_START, Callback, ExtraArgs, Model, Packed, pack, run
 from .noise import NoiseSampler, default_noise_sampler
 from .sigmas import get_ancestral_step
 

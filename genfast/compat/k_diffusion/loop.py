@@ -38,11 +38,6 @@ class Packed:
     writes: Sequence[Sequence[int]]
 
 
-def versions(*tensors: Tensor) -> list[int]:
-    """How often each tensor has been written in place; inference tensors do not count."""
-    return [0 if t.is_inference() else t._version for t in tensors]
-
-
 @lru_cache(maxsize=64)
 def _counters(rows: int, device: torch.device) -> Sequence[Tensor]:
     return list(torch.arange(rows, device=device).split(1))
@@ -152,6 +147,8 @@ def run(
         first, slots[STEP_START] = k, slots[0]
         for drawn in draws[i]:
             denoised = model(slots[0], fed[k], **extra_args)
+            if not isinstance(denoised, Tensor):
+                raise refusal("model", f"an output that is a {type(denoised).__name__}", "a tensor shaped like x")
             if on_evaluation is not None:
                 on_evaluation()
             if on_step is not None and k == first:

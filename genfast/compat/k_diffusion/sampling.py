@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from genfast.ops._checks import check_floating, refusal
+from genfast.ops._checks import check_floating, refusal, versions
 from genfast.samplers import SOLVERS, Plan, Row, Solver, make_plan
 from genfast.samplers.adaptive import PIDStepSizeController
 from genfast.schedules import Grid, edm
 
 from .dpm_solver import DPMSolver, sample_dpm_adaptive, sample_dpm_fast
 from .likelihood import log_likelihood
-from .loop import Callback, Draws, ExtraArgs, Model, Packed, pack, run, versions
+from .loop import Callback, Draws, ExtraArgs, Model, Packed, pack, run
 from .noise import BatchedBrownianTree, BrownianTreeNoiseSampler, NoiseSampler, brownian, default_noise_sampler
 from .sigmas import (
     append_zero,
