@@ -37,6 +37,18 @@ def time_text(us: float) -> str:
     return f"{us / 1000:.2f} ms" if us >= 1000 else f"{us:.0f} us"
 
 
+def ratio_text(times: float) -> str:
+    """How many times: below one with two significant digits, so that no ratio reads 0.0x."""
+    return f"{times:.1f}x" if times >= 0.95 else f"{float(f'{times:.2g}'):g}x"
+
+
+def without_empty_columns(lines: list[str]) -> list[str]:
+    """The table without the columns in which no row has a value."""
+    cells = [line.strip("|").split("|") for line in lines]
+    kept = [k for k in range(len(cells[0])) if any(row[k].strip() != "-" for row in cells[2:])]
+    return ["|" + "|".join(row[k] for k in kept) + "|" for row in cells]
+
+
 def steps_table(rows: list[Row]) -> str:
     """One line a case: genfast beside diffusers, the compiled expression and the reference, with ratios and the share of copy bandwidth."""
     lines = [
@@ -53,11 +65,11 @@ def steps_table(rows: list[Row]) -> str:
         cells = [case, time_text(ours["median_us"])]
         for name in ("diffusers", "compiled"):
             other = variants.get(name)
-            cells += [time_text(other["median_us"]), f"{other['median_us'] / ours['median_us']:.1f}x"] if other else ["-", "-"]
+            cells += [time_text(other["median_us"]), ratio_text(other["median_us"] / ours["median_us"])] if other else ["-", "-"]
         cells.append(time_text(variants["reference"]["median_us"]) if "reference" in variants else "-")
         cells.append(f"{ours['share_of_copy']:.0%}" if ours.get("share_of_copy") else "-")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(without_empty_columns(lines))
 
 
 def schedulers_table(rows: list[Row]) -> str:
@@ -77,7 +89,7 @@ def schedulers_table(rows: list[Row]) -> str:
             line += f" {time_text(stock['median_us'])} |" if stock else " - |"
             for variant in ("genfast", "genfast-seeds"):
                 ours = variants.get(variant)
-                line += f" {stock['median_us'] / ours['median_us']:.1f}x |" if ours and stock else " - |"
+                line += f" {ratio_text(stock['median_us'] / ours['median_us'])} |" if ours and stock else " - |"
         lines.append(line)
     return "\n".join(lines)
 
@@ -91,7 +103,7 @@ def operators_table(rows: list[Row]) -> str:
         cases.setdefault(row["case"], {})[row["variant"]] = row
     for case, variants in cases.items():
         ours = variants["genfast"]["median_us"]
-        ratios = [f"{variants[name]['median_us'] / ours:.1f}x" if name in variants else "-" for name in others]
+        ratios = [ratio_text(variants[name]["median_us"] / ours) if name in variants else "-" for name in others]
         lines.append(f"| {case} | {time_text(ours)} | {' | '.join(ratios)} |")
     return "\n".join(lines)
 

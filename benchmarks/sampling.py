@@ -39,10 +39,9 @@ def stock_loop(net: Any, labels: Tensor, noise: Tensor) -> Callable[[], Tensor]:
     return run
 
 
-def time_sampling(device: str, threads: int, command: str, quick: bool) -> list[Row]:
+def time_sampling(device: str, threads: int, command: str, quick: bool, batch: int) -> list[Row]:
     """The shipped model, 20 steps of DPM++ 2M with guidance: microseconds per step, network included."""
     denoiser, about = pictures.load_denoiser(device=device)
-    batch = 2 if quick else 16
     shape = (batch, 1, *about["size"])
     labels = torch.arange(batch, device=device) % len(about["classes"])
     cond, uncond = {"y": labels}, {"y": torch.full_like(labels, denoiser.net.null_label)}  # type: ignore[attr-defined]
@@ -73,15 +72,20 @@ def time_sampling(device: str, threads: int, command: str, quick: bool) -> list[
     facts = timing.environment(device) | {"command": command, "gflop": round(operations / 1e9, 3)}
     rows = []
     for name, t in timings.items():
-        row: Row = {"case": f"shipped model, {batch} images, {STEPS} steps", "variant": name, "shape": list(shape), "dtype": "float32"}
+        row: Row = {"case": _case(batch), "variant": name, "shape": list(shape), "dtype": "float32"}
         row |= {"median_us": round(t.median, 3), "iqr_us": round(t.iqr, 3), "rounds": t.rounds, "discarded": t.discarded}
         rows.append(row | {"max_abs_difference_from_genfast": (samples[name] - samples["genfast"]).abs().max().item()} | facts)
     return rows
 
 
+def _case(batch: int) -> str:
+    return f"shipped model, {batch} image{'s' * (batch > 1)}, {STEPS} steps"
+
+
 def run(options: Options) -> Iterator[tuple[str, list[Row]]]:
-    """The shipped model with every number of threads."""
-    for threads in options.threads if options.filter in "shipped model" else []:
-        rows = options.attempt("shipped model", partial(time_sampling, options.device, threads, options.command, options.quick))
-        if rows:
-            yield rows[0]["case"] + (f", {threads} threads" if threads else ""), rows
+    """The shipped model, a batch and one image, with every number of threads."""
+    for batch in (2,) if options.quick else (16, 1):
+        for threads in options.threads if options.filter in _case(batch) else []:
+            timed = partial(time_sampling, options.device, threads, options.command, options.quick, batch)
+            if rows := options.attempt(_case(batch), timed):
+                yield rows[0]["case"] + (f", {threads} threads" if threads else ""), rows

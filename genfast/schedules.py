@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -109,6 +109,13 @@ class NoiseSchedule:
         assert self.alphas_cumprod is not None
         with np.errstate(divide="ignore"):
             return np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
+
+    def up_to(self, ratio: float) -> NoiseSchedule:
+        """The same "vp" process without the discrete times whose sigma / alpha is above ``ratio``; all of it where none is left."""
+        if self.alphas_cumprod is None:
+            raise ValueError(f"noise: got kind {self.kind!r}, supported: 'vp'")
+        count = int((self.sigma_ratios <= ratio).sum())
+        return replace(self, alphas_cumprod=self.alphas_cumprod[:count]) if count else self
 
     def time_of(self, ratio: ArrayLike) -> Array:
         """The time whose sigma / alpha is ``ratio``: the inverse of `alpha_sigma`, clamped to the process's range."""

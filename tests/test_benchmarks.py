@@ -123,8 +123,36 @@ def test_report_makes_tables_from_rows_only(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "steps-cpu.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     text = report.block("steps-cpu:2")
-    assert "| c | 10 us | 70 us | 7.0x | - | - | - | 50% |" in text and "abc" in text
+    assert "| case | genfast | diffusers | ratio | share of copy bandwidth |" in text  # nothing else was measured
+    assert "| c | 10 us | 70 us | 7.0x | 50% |" in text and "abc" in text
     assert report.block("steps-cuda") == "No rows yet.\n"
+    rows += [
+        base | {"case": "d", "variant": "genfast", "median_us": 1000.0},
+        base | {"case": "d", "variant": "diffusers", "median_us": 1.0},
+    ]
+    rows += [base | {"case": "d", "variant": "reference", "median_us": 1000.0}]
+    (tmp_path / "steps-cpu.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert report.block("steps-cpu:2").splitlines()[2:4] == [
+        "| c | 10 us | 70 us | 7.0x | - | 50% |",
+        "| d | 1.00 ms | 1 us | 0.001x | 1.00 ms | - |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("times", "text"),
+    [
+        (103.44, "103.4x"),
+        (7.0, "7.0x"),
+        (1.04, "1.0x"),
+        (0.96, "1.0x"),
+        (0.94, "0.94x"),
+        (0.2, "0.2x"),
+        (0.0312, "0.031x"),
+        (0.00004, "4e-05x"),
+    ],
+)
+def test_no_ratio_reads_as_nothing(times: float, text: str) -> None:
+    assert report.ratio_text(times) == text
 
 
 def test_the_tables_are_what_the_rows_say() -> None:
@@ -183,3 +211,8 @@ def test_quick_qknorm_writes_rows(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "qknorm-cpu.jsonl").read_text().splitlines()]
     assert {row["variant"] for row in rows} == {"genfast", "eager", "reference", "copy"}
     assert all(row["median_us"] > 0 for row in rows)
+
+
+def test_the_pages_have_no_ratio_of_zero() -> None:
+    for page in report.PAGES:
+        assert " 0.0x" not in (ROOT / page).read_text(), page

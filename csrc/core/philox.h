@@ -1,4 +1,4 @@
-// The noise of docs/noise.md (version 1): Philox4x32-10 words, their uniforms and their Box-Muller normals.
+// The noise of docs/noise.md (version 2): Philox4x32-10 words, their uniforms and their Box-Muller normals.
 // One source for scalar C++, gcc vectors (core/vec.h) and CUDA.
 #pragma once
 #include <cstdint>
@@ -35,6 +35,20 @@ GF_HD Words philox(uint64_t seed, uint32_t stream, uint32_t draw, uint64_t i) {
 // [0, 1), exact.
 GF_HD float uniform(uint32_t w) {
   return mul(to_float(w >> 8), 0x1p-24f);
+}
+
+// Which bits of a uniform the type S keeps: those that it can hold. Rounded to nearest, the largest would become 1.
+template <class S>
+GF_HD constexpr uint32_t uniform_bits() {
+  return 0xffffffffu;
+}
+template <>
+GF_HD constexpr uint32_t uniform_bits<BFloat16>() {
+  return 0xffff0000u;
+}
+template <>
+GF_HD constexpr uint32_t uniform_bits<Float16>() {
+  return 0xffffe000u;  // a subnormal of float16 is a multiple of 2^-24, as every uniform is: exact
 }
 
 // What box_muller computes with: F floats, U the same number of 32-bit words. core/vec.h has the vector twin.

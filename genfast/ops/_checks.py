@@ -89,6 +89,11 @@ def check_seeds(seeds: Tensor, batch: int, device: torch.device) -> None:
         raise refusal("seeds", lowest, "integers in [0, 2^63)")
 
 
+def versions(*tensors: Tensor) -> list[int]:
+    """How often each tensor has been written in place; an inference tensor keeps no such count."""
+    return [0 if t.is_inference() else t._version for t in tensors]
+
+
 def bump_version(t: Tensor) -> None:
     """Tell autograd that a kernel wrote ``t`` (an inference tensor keeps no such count)."""
     if not t.is_inference():

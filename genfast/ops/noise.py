@@ -73,6 +73,6 @@ def uniform(
 ) -> Tensor:
     """Uniform noise of docs/noise.md, multiples of 2^-24 in [0, 1); arguments as `normal`.
 
-    A type narrower than float32 holds the value rounded to nearest even, which can be 1.
+    A type narrower than float32 holds the value rounded toward zero, so that it stays below 1.
     """
     return _fill(seeds, shape, draw, stream, dtype, device, memory_format, uniform=True)

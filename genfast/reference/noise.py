@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
+_KEPT = {torch.bfloat16: ~0xFFFF, torch.float16: ~0x1FFF}  # which bits of a uniform these hold: rounded to nearest it could become 1
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -79,6 +80,8 @@ def _fill(
     w = _words(seeds, per_sample, draw, stream)
     values = [(word >> 8).float() * 2.0**-24 for word in w] if uniform else [*_box_muller(w[0], w[1]), *_box_muller(w[2], w[3])]
     out = torch.stack(values, dim=-1).flatten(1)[:, :per_sample].reshape(tuple(shape))
+    if uniform and dtype in _KEPT:
+        out = (out.contiguous().view(torch.int32) & _KEPT[dtype]).view(torch.float32)
     return out.to(dtype).contiguous(memory_format=memory_format)
 
 
@@ -112,6 +115,6 @@ def uniform(
 ) -> Tensor:
     """Uniform noise of docs/noise.md: multiples of 2^-24 in [0, 1); arguments as `normal`.
 
-    A type narrower than float32 holds the value rounded to nearest even, which can be 1.
+    A type narrower than float32 holds the value rounded toward zero, so that it stays below 1.
     """
     return _fill(seeds, shape, draw, stream, dtype, device, memory_format, uniform=True)

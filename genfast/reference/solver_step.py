@@ -97,7 +97,7 @@ def solver_step(
         uncond = uncond.to(wide)
         m = uncond + g * (cond - uncond)
         if rescale and phi != 0 and m.numel():
-            m = m * _per_sample(_rescale_factor(cond, m, phi, layout).to(wide), m)
+            m = m * _per_sample(rescale_factor(cond, m, phi, layout).to(wide), m)
     d = _sum([(ax, x), (am, m)], x)
     if clip != 0:
         d = d.clamp(-clip, clip)
@@ -172,7 +172,7 @@ def _nearest_sqrt(v: Tensor) -> Tensor:
     return r + torch.where(correction.isfinite(), correction, 0).detach()  # not finite where v is 0, inf or NaN: r is right there
 
 
-def _rescale_factor(cond: Tensor, guided: Tensor, phi: float, layout: torch.memory_format) -> Tensor:
+def rescale_factor(cond: Tensor, guided: Tensor, phi: float, layout: torch.memory_format) -> Tensor:
     """Lin et al. 2024, equations 14 to 16: phi * std(cond) / std(guided) + (1 - phi), (B,) float64."""
     return phi * (_std(cond, layout) / _std(guided, layout)) + (1 - phi)
 

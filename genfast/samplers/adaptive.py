@@ -11,6 +11,8 @@ from torch import Tensor
 
 from genfast.schedules import Grid, NoiseSchedule, Point, grid
 
+from .arguments import Scale
+from .denoiser import Denoiser
 from .plan import Plan, Row, Terms, assemble
 from .rows import ancestral, choice, combine, ode_step, slope
 from .sample import Run, Sampler
@@ -125,7 +127,10 @@ class AdaptiveSampler(Sampler):
         self.max_evaluations = max_evaluations
         self.last_info: dict[str, int] = {}
 
-    def _grid(self, noise: NoiseSchedule) -> Grid:
+    def _points(self, den: Denoiser) -> Grid:
+        return self._start_of(den)  # between its ends the steps are chosen from the errors
+
+    def _grid(self, noise: NoiseSchedule, steps: int | None = None) -> Grid:
         if self.sigmas is not None or self.timesteps is not None:
             return grid(noise, sigmas=self.sigmas, timesteps=self.timesteps)
         low, high = noise.sigma_range
@@ -150,8 +155,8 @@ class AdaptiveSampler(Sampler):
         rows = dpm_solver_step(points, p, down, q, self.order)
         return assemble(f"dpm_solver_{self.order - 1}{self.order}", points.noise, rows), q, up
 
-    def _guided(self, scales: list[float]) -> bool:
-        return callable(self.guidance_scale) or self.guidance_scale != 1
+    def _guided(self, scales: Sequence[Scale]) -> bool:
+        return callable(self.guidance_scale) or super()._guided(scales)
 
     @property
     def _run(self) -> type[Run]:
@@ -163,7 +168,7 @@ class _AdaptiveRun(Run):
 
     def samples(self) -> Tensor:
         sampler, sigma_of = self.sampler, self.den.noise.sigma_of
-        points = sampler._grid(self.den.noise)
+        points = sampler._points(self.den)
         end = float(points.ratio[points.ratio > 0][-1])
         pid = PIDStepSizeController(*sampler.controller)
         info = {"evaluations": 0, "accepted": 0, "rejected": 0}

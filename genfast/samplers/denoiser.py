@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from genfast.schedules import NoiseSchedule, Point
+from genfast.ops._checks import DTYPES, check_dtype, number
+from genfast.schedules import Grid, NoiseSchedule, Point
 
 Condition = Tensor | Mapping[str, Any] | None
 Prediction = Literal["epsilon", "v", "x0", "flow", "edm"]
@@ -38,7 +41,8 @@ class Denoiser:
     "learned", its logarithm, or "learned_range", where between the two of `ddpm` it lies, -1 small and 1 large (Nichol and Dhariwal 2021,
     equation 15). Only ``ddpm(variance="learned")`` reads it; other solvers leave it out.
     ``sigma_data`` is the data's standard deviation ("edm" only). ``dtype`` is the network's input dtype; default: that of its
-    first floating point parameter, else the state's.
+    first parameter in a dtype that networks compute in, float32, float64, bfloat16 or float16, else the state's.
+    Raises ValueError where all of its floating point parameters are in dtypes for storage, such as float8: give ``dtype`` then.
     """
 
     net: Callable[..., Tensor]
@@ -50,6 +54,10 @@ class Denoiser:
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        if not callable(self.net) or isinstance(self.net, Denoiser):
+            raise ValueError(f"net: got a {type(self.net).__name__}, supported: a network, called as net(x, t, **cond)")
+        if self.dtype is not None:
+            check_dtype("dtype", self.dtype)
         if self.prediction not in _PREDICTIONS:
             raise ValueError(f"prediction: got {self.prediction!r}, supported: {', '.join(_PREDICTIONS)}")
         if self.variance not in (None, "learned", "learned_range"):
@@ -100,9 +108,41 @@ class Denoiser:
 
     def input_dtype(self, state: torch.dtype) -> torch.dtype:
         """The dtype of the network's input, where the state has dtype ``state``."""
-        if self.dtype is not None or not isinstance(self.net, torch.nn.Module):
-            return self.dtype or state
-        return next((p.dtype for p in self.net.parameters() if p.is_floating_point()), state)
+        if self.dtype is not None:
+            return self.dtype
+        storage = None
+        for tensor in self.net.parameters() if isinstance(self.net, torch.nn.Module) else ():
+            if tensor.dtype in DTYPES:
+                return tensor.dtype
+            storage = storage or (tensor.dtype if tensor.is_floating_point() else None)
+        if storage is not None:
+            got = f"a network that stores its parameters in {storage}"
+            raise ValueError(f"dtype: got None for {got}, supported: Denoiser(dtype=...), the dtype that it computes in")
+        return state
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the network is: the device of its first parameter (else buffer) with memory; None where all are on "meta"."""
+        device = torch.device("cpu")  # of a function, or of a network without any
+        if isinstance(self.net, torch.nn.Module):
+            for tensor in chain(self.net.parameters(), self.net.buffers()):
+                device = tensor.device
+                if device.type != "meta":
+                    break
+        return None if device.type == "meta" else device
+
+    def error_growth(self, points: Grid) -> float:
+        """What the largest step of ``points`` multiplies an error of the network by, in standard deviations of the state it leads to.
+
+        An epsilon network's error e is one of sigma / alpha e in d. The step from r = sigma / alpha to r' makes (r - r') e of it in
+        x / alpha, where the state has the standard deviation sqrt(1 + r'^2) for data of variance 1. The other predictions divide by
+        nothing that vanishes: 0.
+        """
+        if self.prediction != "epsilon":
+            return 0.0
+        r, after = points.ratio[:-1], points.ratio[1:]
+        with np.errstate(invalid="ignore"):
+            return float(np.max((r - after) / np.sqrt(1 + after**2)))
 
     def evaluate(self, model_input: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """Call the network on an input already scaled by c_in; checks the shape of what it returns: the variance's channels included."""
@@ -118,11 +158,16 @@ class Denoiser:
         if not isinstance(out, Tensor) or out.shape != shape:
             got = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
             raise ValueError(f"net: returned {got}, supported: a tensor of {what} {shape}")
+        if out.device != model_input.device:
+            where = f"{model_input.device}, the input's device (a sampler's device= chooses another)"
+            raise ValueError(f"net: returned a tensor on {out.device}, supported: {where}")
+        if out.dtype not in DTYPES:
+            raise ValueError(f"net: returned {out.dtype}, supported: {', '.join(map(str, DTYPES))}")
         return out
 
     def __call__(self, x: Tensor, sigma: float, cond: Condition = None) -> Tensor:
         """The denoised prediction for ``x`` (B, \\*sample) at one ``sigma`` (sigma / alpha; for flows t). Differentiable."""
-        point = Point(*(float(v) for v in self.noise.at_sigmas(sigma)))
+        point = Point(*(float(v) for v in self.noise.at_sigmas(number("sigma", sigma))))
         t = torch.full((len(x),), self.time_value(point), device=x.device)
         m = self.evaluate((self.c_in(point) * x).to(self.input_dtype(x.dtype)), t, cond).to(x.dtype)
         m = m if self.variance is None else m.chunk(2, 1)[0]

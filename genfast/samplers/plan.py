@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor
 from genfast.ops.solver_step import pack_row
 from genfast.schedules import NoiseSchedule, Point
 
-if TYPE_CHECKING:
-    from .denoiser import Denoiser
+from .arguments import check_denoiser
+from .denoiser import Denoiser
 
 # What an output is a combination of: "x" the state, "d" the denoised prediction, "u" that of the unconditional half alone,
 # "m" the network's output, "noise" standard normal, "learned" noise of the network's own standard deviation, a slot's number.
@@ -133,7 +133,7 @@ class Plan:
     def plot(self, target: str | PathLike[str] | Any) -> Any:
         """Draw the plan's sigmas and the coefficients of its next state; ``target`` is a file to write or a matplotlib Axes.
 
-        Returns the Axes. Needs matplotlib (``pip install genfast[plot]``).
+        Returns the Axes. Needs matplotlib.
         """
         ax: Any = target
         if isinstance(target, str | PathLike):
@@ -172,6 +172,7 @@ class Plan:
         the network; ``denoised_slot`` where the denoised prediction goes first, for the rows to read in place of the network's output. The
         other arguments are those of `Sampler`. Raises ValueError where the denoiser cannot convert a row's point.
         """
+        check_denoiser(den)
         scales = [float(guidance)] * len(self.rows) if isinstance(guidance, int | float) else [float(g) for g in guidance]
         c_in = [den.c_in(row.point) for row in self.rows]
         converts = [den.convert(row.point) for row in self.rows]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import operator
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Literal
 
@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 
 from genfast import ops, reference
+from genfast.ops._checks import check_dtype, versions
+from genfast.reference.solver_step import layout_of, rescale_factor
 from genfast.schedules import Grid, NoiseSchedule, Point, Sigmas, grid
 
+from . import arguments, conditions
+from .arguments import Generators, GuidanceScale, Scale, Seeds
 from .brownian import BrownianPath, intervals
 from .denoiser import Condition, Denoiser
 from .first_order import ddim_inverse
@@ -24,10 +28,11 @@ from .rows import large_std, posterior_std
 from .solvers import Solver, find_solver, make_plan
 
 Callback = Callable[[int, float, Tensor, Tensor], None]
-Seeds = Sequence[int] | Tensor | None
 
 _NAMESPACES: dict[str, ModuleType] = {"fused": ops, "reference": reference}
 _CHANNELS_LAST = {torch.channels_last: 4, torch.channels_last_3d: 5}
+_START = math.exp(5.1)  # sigma / alpha where the default grid of an epsilon network begins: docs/clipping.md
+_GROWTH = 15.0  # what a step may multiply the network's error by without a warning
 _NEVER = torch.iinfo(torch.int64).max  # what the watch holds while every state is finite
 
 
@@ -36,15 +41,19 @@ class Sampler:
 
     ``solver``: a name in `genfast.samplers.SOLVERS`, or a function from a `Grid` to rows; ``options`` are its own (``eta=``, ``order=``).
     ``steps``, ``sigmas``, ``timesteps``: the grid, as `genfast.schedules.grid` takes them.
-    ``guidance_scale``: g of uncond + g (cond - uncond) (Ho and Salimans 2022), or a function of sigma (sigma / alpha; for flows t), such as
-    a guidance interval. Where it is 1 the unconditional half is not evaluated. ``guidance_rescale``: phi of Lin et al. 2024, equation 16.
+    The default grid of an epsilon network without ``clip`` and ``threshold`` begins at sigma / alpha = 164, and a grid whose largest step
+    would multiply the network's error by more than 15 gives a UserWarning (docs/clipping.md).
+    ``guidance_scale``: g of uncond + g (cond - uncond) (Ho and Salimans 2022); or a list or tensor with one for each sample; or a function
+    of sigma (sigma / alpha; for flows t) that returns either, such as a guidance interval. Where it is 1 for all samples the unconditional
+    half is not evaluated. ``guidance_rescale``: phi of Lin et al. 2024, equation 16.
     ``clip``: clamp the denoised prediction to [-clip, clip]. ``threshold``: dynamic threshold at this quantile (Saharia et al. 2022),
     to at most ``max_threshold``.
     ``brownian``: the noise of the rows is the increments of one Brownian motion over sigma / alpha per seed (`BrownianPath`), so that grids
     which share points share its noise there; not for solvers that go back to more noise.
     ``impl``: "fused" (kernels) or "reference" (plain PyTorch); both give the same bits.
     ``callback``: called as ``callback(step, sigma, x, denoised)`` after every evaluation, with the state it led to and the denoised
-    prediction at ``sigma``, both (B, \\*sample) views that the next evaluation overwrites. It returns None.
+    prediction at ``sigma``, both (B, \\*sample), overwritten by the next evaluation. It returns None. What it writes into x in place is
+    where the run goes on; what it writes into denoised reaches nothing.
     ``capture``: record the network and the step in one CUDA graph and replay it; CUDA only, and the network must be capturable. The
     recording is kept for later calls of the same denoiser, shape and kind of condition; after replacing parameters, make a new Sampler.
     ``check_every``: look for states that are not finite after every so many evaluations (each look waits for the device), besides the end.
@@ -58,7 +67,7 @@ class Sampler:
         *,
         sigmas: Sigmas = None,
         timesteps: Sequence[float] | None = None,
-        guidance_scale: float | Callable[[float], float] = 1.0,
+        guidance_scale: GuidanceScale = 1.0,
         guidance_rescale: float = 0.0,
         clip: float | None = None,
         threshold: float | None = None,
@@ -84,17 +93,15 @@ class Sampler:
             raise ValueError(f"max_threshold: got {max_threshold}, supported: a number of at least 1")
         if not 0 <= guidance_rescale <= 1:
             raise ValueError(f"guidance_rescale: got {guidance_rescale}, supported: a number in [0, 1]")
-        if not (callable(guidance_scale) or math.isfinite(guidance_scale)):
-            raise ValueError(f"guidance_scale: got {guidance_scale}, supported: a finite number or a function of sigma")
         if check_every is not None and check_every < 1:
             raise ValueError(f"check_every: got {check_every}, supported: None or an integer of at least 1")
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype: got {dtype}, supported: a floating point dtype")
+        check_dtype("dtype", dtype)
         if memory_format not in (torch.contiguous_format, *_CHANNELS_LAST):
             raise ValueError(f"memory_format: got {memory_format}, supported: contiguous_format, channels_last, channels_last_3d")
         self.solver, self.options = solver, options
         self.steps, self.sigmas, self.timesteps = steps, sigmas, timesteps
-        self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
+        self.guidance_scale = guidance_scale if callable(guidance_scale) else arguments.scale_of(guidance_scale)
+        self.guidance_rescale = guidance_rescale
         self.clip, self.threshold, self.max_threshold = clip, threshold, max_threshold
         self.brownian = brownian
         self.impl, self.progress, self.callback = impl, progress, callback
@@ -103,24 +110,57 @@ class Sampler:
         self.last_seeds: list[int] | None = None  # of the latest call; None after a call with a generator
         self._recorded: Run | None = None
 
-    def plan(self, noise: NoiseSchedule) -> Plan:
-        """The plan this sampler executes on a process: inspect it with `Plan.table` and `Plan.plot`."""
+    def plan(self, noise: NoiseSchedule | Denoiser) -> Plan:
+        """The plan this sampler executes for a denoiser, or for any network of a process: inspect it with `Plan.table` and `Plan.plot`.
+
+        Without the denoiser it is not known whether the network predicts epsilon, whose default grid may begin later.
+        """
+        if isinstance(noise, Denoiser):
+            return self._plan(self._points(noise))
+        if not isinstance(noise, NoiseSchedule):
+            raise TypeError(f"noise: got a {type(noise).__name__}, supported: a Denoiser, or its NoiseSchedule, den.noise")
         return self._plan(self._grid(noise))
 
     def _plan(self, points: Grid) -> Plan:
         plan = make_plan(self.solver, points, **self.options)
         return plan if self.callback is None else plan.with_denoised()
 
-    def _grid(self, noise: NoiseSchedule) -> Grid:
-        return grid(noise, self.steps, sigmas=self.sigmas, timesteps=self.timesteps)
+    def _grid(self, noise: NoiseSchedule, steps: int | None = None) -> Grid:
+        return grid(noise, steps or self.steps, sigmas=self.sigmas, timesteps=self.timesteps)
 
-    def _scales(self, plan: Plan) -> list[float]:
+    def _exposed(self, den: Denoiser) -> bool:
+        """Whether nothing but the grid keeps the network's errors from growing near alpha = 0."""
+        return den.prediction == "epsilon" and self.clip is None and self.threshold is None
+
+    def _start_of(self, den: Denoiser) -> Grid:
+        """The grid for a denoiser: by default without the levels where the errors of an exposed one explode."""
+        points = self._grid(den.noise)
+        if self._exposed(den) and self.sigmas is None and self.timesteps is None and den.noise.kind == "vp":
+            later = den.noise.up_to(_START)
+            points = replace(self._grid(later, self.steps and min(self.steps, later.steps)), noise=den.noise)
+        return points
+
+    def _points(self, den: Denoiser) -> Grid:
+        """The grid for a denoiser, with a warning where a step of it makes too much of the network's errors."""
+        points = self._start_of(den)
+        growth = den.error_growth(points) if self._exposed(den) else 0.0
+        if growth > _GROWTH:
+            warnings.warn(
+                f"prediction: got 'epsilon' on a grid of which one step multiplies the network's error by {growth:.0f}, supported: clip= "
+                f"or threshold= where the range of the data is known, a start at sigma <= {_START:.0f}, smaller steps (docs/clipping.md)",
+                stacklevel=4,
+            )
+        return points
+
+    def _scales(self, plan: Plan) -> list[Scale]:
         scale = self.guidance_scale
-        return [float(scale(plan.noise.sigma_of(row.point)) if callable(scale) else scale) for row in plan.rows]
+        if callable(scale):
+            return [arguments.scale_of(scale(plan.noise.sigma_of(row.point))) for row in plan.rows]
+        return [arguments.scale_of(scale)] * len(plan.rows)
 
-    def _guided(self, scales: list[float]) -> bool:
+    def _guided(self, scales: Sequence[Scale]) -> bool:
         """Whether any evaluation of the run is guided, where those of its plan have these scales."""
-        return any(g != 1 for g in scales)
+        return any(map(_guides, scales))
 
     @property
     def _run(self) -> type[Run]:
@@ -133,46 +173,52 @@ class Sampler:
         shape: Sequence[int],
         *,
         seeds: Seeds = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         cond: Condition = None,
         uncond: Condition = None,
         init: Tensor | None = None,
         latent: Tensor | None = None,
         known: Tensor | None = None,
         mask: Tensor | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
     ) -> Tensor:
         """Draw samples of ``shape`` (B, \\*sample); returns them in the state's dtype.
 
         ``seeds``: B integers in [0, 2^63) (a list, a range or an int64 tensor), one per sample: sample i depends on its own seed alone.
-        None draws them from torch's CPU generator; `last_seeds` reports them. ``generator``: draw all noise with torch instead.
+        None draws them from torch's CPU generator; `last_seeds` reports them. ``generator``: draw all noise with torch instead, from one
+        generator for the batch or from a list with one for each sample.
         ``cond``, ``uncond``: what `Denoiser` passes to the network, for the B samples; with guidance both halves run as one batch of 2B,
-        the unconditional half first.
+        the unconditional half first. A mapping may hold dicts, lists and tuples of tensors, which are stacked leaf by leaf.
         ``init`` (B, \\*sample): start from alpha init + sigma noise at the grid's first point. ``latent``: start from this state, as it is.
-        ``known`` and ``mask``, which broadcasts to the shape: inpainting. The denoised prediction becomes mask d + (1 - mask) known
-        before the solver sees it, so that where mask is 0 the sample ends as ``known``.
-        Raises ValueError for bad arguments, before anything is drawn, and FloatingPointError naming the sample and the evaluation.
+        ``known`` and ``mask`` in [0, 1], which broadcasts to the shape: inpainting. The denoised prediction becomes
+        mask d + (1 - mask) known before the solver sees it, so that where mask is 0 the sample ends as ``known``.
+        ``device``: where to run; default: that of the network's first parameter that is not on "meta".
+        Raises ValueError for bad arguments (TypeError for a network without its `Denoiser`), before anything is drawn, and
+        FloatingPointError naming the sample and the evaluation.
         """
-        shape, device = _check_shape(shape), _device(den, device)
-        points = self._grid(den.noise)
+        arguments.check_denoiser(den)
+        shape, device = arguments.check_shape(shape), arguments.device_of(den, device, self.impl)
+        points = self._points(den)
         plan = self._plan(points)
         plan = plan.without_uncond() if uncond is None else plan.with_uncond_slot()
         scales = self._scales(plan)
         guided = self._guided(scales) or plan.uncond_slot is not None
         tensors = {"init": init, "latent": latent, "known": known}
-        self._check_call(shape, device, seeds, generator, uncond, tensors, mask, guided)
+        self._check_call(shape, device, seeds, generator, (cond, uncond), tensors, mask, guided)
+        arguments.check_scales(scales, shape[0])
+        generators = arguments.generators_of(generator, shape[0])
         spans = intervals(plan, points.point(points.steps)) if self.brownian else None
-        seed_values = None if generator is not None else _seed_values(seeds, shape[0])
+        seed_values = None if generators is not None else arguments.seed_values(seeds, shape[0])
         self.last_seeds = None if seed_values is None else seed_values.tolist()
-        both = _stack(uncond, cond, shape[0]) if guided else cond
+        both = conditions.stack(uncond, cond, shape[0]) if guided else cond
         if 0 in shape:
             return torch.empty(shape, dtype=self.dtype, device=device)
         if any(row.learned for row in plan.rows) and den.variance is None:
             raise ValueError("variance: got 'learned' for a network that returns none, supported: a Denoiser with variance=")
         deviations = _deviations(plan, points.point(points.steps))
-        if generator is not None or spans is not None or deviations is not None:
+        if generators is not None or spans is not None or deviations is not None:
             plan = plan.with_noise_slot()
-        call = _Call(shape, device, seed_values, generator, spans, deviations, guided, (cond, both), tensors, mask)
+        call = _Call(shape, device, seed_values, generators, spans, deviations, guided, (cond, both), tensors, mask)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             run = self._run(self, den, plan, scales, call)
             if self.capture:
@@ -188,8 +234,8 @@ class Sampler:
         shape: tuple[int, ...],
         device: torch.device,
         seeds: Seeds,
-        generator: torch.Generator | None,
-        uncond: Condition,
+        generator: Generators,
+        conds: tuple[Condition, Condition],
         tensors: Mapping[str, Tensor | None],
         mask: Tensor | None,
         guided: bool,
@@ -198,11 +244,11 @@ class Sampler:
             raise ValueError("generator: got one together with seeds, supported: one of the two")
         if self.brownian and generator is not None:
             raise ValueError("generator: got one with brownian=True, supported: seeds, because a generator draws in order")
-        if guided and uncond is None:
+        for name, condition in zip(("cond", "uncond"), conds, strict=True):
+            conditions.check_condition(name, condition)
+        if guided and conds[1] is None:
             raise ValueError(f"uncond: got None with guidance_scale {self.guidance_scale}, supported: the unconditional half's condition")
-        for name, tensor in tensors.items():
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, supported: {shape}")
+        arguments.check_tensors(shape, tensors)
         if tensors["init"] is not None and tensors["latent"] is not None:
             raise ValueError("latent: got one together with init, supported: one of the two")
         if self.solver in ("ddim_inverse", ddim_inverse) and tensors["latent"] is None:
@@ -211,8 +257,8 @@ class Sampler:
             raise ValueError(
                 f"mask: got {'None' if mask is None else 'one'} {'with' if mask is None else 'without'} known, supported: both or none"
             )
-        if mask is not None and not _broadcasts(mask, shape):
-            raise ValueError(f"mask: got shape {tuple(mask.shape)}, supported: one that broadcasts to {shape}")
+        if mask is not None:
+            arguments.check_mask(mask, shape)
         if _CHANNELS_LAST.get(self.memory_format, len(shape)) != len(shape):
             raise ValueError(f"memory_format: got {self.memory_format} for {len(shape)} dimensions, supported: {_CHANNELS_LAST}")
         if self.capture and device.type != "cuda":
@@ -228,7 +274,7 @@ class _Call:
     shape: tuple[int, ...]
     device: torch.device
     seeds: Tensor | None
-    generator: torch.Generator | None
+    generator: torch.Generator | tuple[torch.Generator, ...] | None
     spans: list[tuple[float, float]] | None  # of every row, the levels whose Brownian increment is its noise
     deviations: list[tuple[float, float]] | None  # of every row, the logarithms of the standard deviations that a network chooses between
     guided: bool  # whether any evaluation takes both halves
@@ -245,12 +291,12 @@ class Run:
         sampler: Sampler,
         den: Denoiser,
         plan: Plan,
-        scales: list[float],
+        scales: Sequence[Scale],
         call: _Call,
     ) -> None:
-        shape, device, mask, conditions = call.shape, call.device, call.mask, call.conditions
+        shape, device, mask = call.shape, call.device, call.mask
         self.sampler, self.den, self.device = sampler, den, device
-        self.batch, self.generator, self.conditions = shape[0], call.generator, conditions
+        self.batch, self.generator, self.conditions = shape[0], call.generator, call.conditions
         self.namespace = _NAMESPACES[sampler.impl]
         self.rescale, self.threshold = sampler.guidance_rescale != 0, sampler.threshold is not None
         self.denoised_slot = None if mask is None else plan.slots
@@ -282,16 +328,17 @@ class Run:
         self.warm: set[bool] = set()  # the kinds of step, guided or not, that have run
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         if sampler.capture:
-            self.conditions = _clone(conditions[0]), _clone(conditions[1])  # later calls write theirs here
+            self.conditions = conditions.clone(call.conditions[0]), conditions.clone(call.conditions[1])  # later calls write theirs here
 
-    def _load(self, plan: Plan, scales: list[float]) -> None:
+    def _load(self, plan: Plan, scales: Sequence[Scale]) -> None:
         self.plan = plan
-        self.guided = [g != 1 or plan.uncond_slot in row.reads for g, row in zip(scales, plan.rows, strict=True)]
+        both = [plan.uncond_slot in row.reads for row in plan.rows]  # rows that need both halves at any scale
+        self.guided = [_guides(scale) or needed for scale, needed in zip(scales, both, strict=True)]
         self.program: Program = plan.compile(
             self.den,
             dtype=self.sampler.dtype,
             device=self.device,
-            guidance=scales,
+            guidance=[1.0 if isinstance(scale, tuple) else scale for scale in scales],
             guidance_rescale=self.sampler.guidance_rescale,
             clip=self.sampler.clip,
             threshold=self.sampler.threshold,
@@ -299,22 +346,29 @@ class Run:
             model_input=self.separate,
             denoised_slot=self.denoised_slot,
         )
+        # (rows, B) of a run in which the samples have scales of their own: the scales, and which samples take the conditional half alone
+        self.scales: tuple[Tensor, Tensor] | None = None
+        if any(isinstance(scale, tuple) for scale in scales):
+            each = [scale if isinstance(scale, tuple) else (scale,) * self.batch for scale in scales]
+            alone = [[g == 1 and not needed for g in row] for row, needed in zip(each, both, strict=True)]
+            wide = self.program.coef.dtype
+            self.scales = torch.tensor(each, dtype=wide, device=self.device), torch.tensor(alone, device=self.device)
 
-    def _feed(self) -> None:
-        """Write the first evaluation's input, which no row before it has written."""
+    def _feed(self, k: int = 0) -> None:
+        """Write evaluation k's input, where no row has: before the first one, and after somebody else may have changed the state."""
         if self.model_input is not None:
-            first = self.ring[0].to(self.program.coef.dtype) * self.program.c_in[0]
-            self.model_input.copy_(first.repeat(len(self.model_input) // self.batch, *[1] * (first.ndim - 1)))
+            state = self.ring[0].to(self.program.coef.dtype) * self.program.c_in[k]
+            self.model_input.copy_(state.repeat(len(self.model_input) // self.batch, *[1] * (state.ndim - 1)))
 
     def _buffers(self) -> list[Tensor]:
         """Everything that a recorded step reads or writes."""
         fixed = [self.ring[0], self.counter, self.watch, self.program.coef, self.program.index, self.program.times]
         tables = [*(self.program.denoised or ()), *(self.program.uncond or ())]
         optional = [buffer for buffer in (self.seeds, self.model_input, self.deviations, *self.blend, *tables) if buffer is not None]
-        return [*fixed, *optional, *(value for cond in self.conditions for value in _parts(cond).values() if isinstance(value, Tensor))]
+        return [*fixed, *optional, *(self.scales or ()), *(tensor for cond in self.conditions for tensor in conditions.tensors_of(cond))]
 
     def _signature(self) -> list[object]:
-        values = [(key, v) for cond in self.conditions for key, v in _parts(cond).items() if not isinstance(v, Tensor)]
+        values = [*map(conditions.signature, self.conditions), self.scales is None]
         baked = [len(self.ring), self.seeds is None, self.rescale, self.threshold, values]
         return [*baked, *((b.shape, b.stride(), b.dtype, b.device) for b in self._buffers())]
 
@@ -327,6 +381,7 @@ class Run:
         for mine, theirs in zip(self._buffers(), other._buffers(), strict=True):
             mine.copy_(theirs)
         self.plan, self.guided, self.generator = other.plan, other.guided, other.generator
+        self.program = replace(self.program, c_in=other.program.c_in)
         self.spans, self.path = other.spans, other.path
 
     def _start(self, shape: tuple[int, ...], init: Tensor | None, latent: Tensor | None) -> None:
@@ -355,8 +410,13 @@ class Run:
             self._draw(out)
 
     def _draw(self, out: Tensor) -> None:
+        """Normal noise of torch's: of one generator at once, or of each sample's own."""
         assert self.generator is not None
-        out.copy_(torch.randn(out.shape, generator=self.generator, device=self.generator.device, dtype=out.dtype))
+        parts = (
+            [(self.generator, out)] if isinstance(self.generator, torch.Generator) else [*zip(self.generator, out.split(1), strict=True)]
+        )
+        for generator, part in parts:
+            part.copy_(torch.randn(part.shape, generator=generator, device=generator.device, dtype=part.dtype))
 
     def _step(self, guided: bool) -> None:
         """Evaluate the network and execute the row the counter points at. Nothing here depends on the row."""
@@ -364,7 +424,10 @@ class Run:
         if self.model_input is not None and not guided:
             x = x[-self.batch :]  # the conditional half
         t = self.program.times.index_select(0, self.counter).expand(len(x))
+        before = versions(self.ring)
         out = self.den.evaluate(x, t, self.conditions[guided])
+        if self.model_input is None and versions(self.ring) != before:
+            raise ValueError("net: wrote into its input, which is the state of the run, supported: networks that leave it as it is")
         if self.den.variance is not None:
             out, variance = out.chunk(2, 1)
             if self.deviations is not None:
@@ -372,6 +435,8 @@ class Run:
         shaping = {"rescale": guided and self.rescale, "threshold": self.threshold}
         if guided and self.program.uncond is not None:
             self._execute(out[: self.batch], self.program.uncond)
+        if guided and self.scales is not None:
+            out, shaping["rescale"] = self._combine(out, *self.scales), False
         if self.program.denoised is not None:
             self._execute(out, self.program.denoised, **shaping)
             mask, kept = self.blend
@@ -379,6 +444,19 @@ class Run:
         rows = self.program.coef, self.program.index
         self._execute(out, rows, seeds=self.seeds, model_input=self.model_input, watch=self.watch, **shaping)
         self.counter += 1
+
+    def _combine(self, out: Tensor, scales: Tensor, alone: Tensor) -> Tensor:
+        """Both halves with every sample's own scale, in the kernel's arithmetic (docs/solver-step.md): each sample's bits are those of a
+        run at its scale.
+        """
+        uncond, cond = out.to(scales.dtype).chunk(2)
+        g, only_cond = (table.index_select(0, self.counter).view(-1, *[1] * (cond.ndim - 1)) for table in (scales, alone))
+        mixed = (cond - uncond).mul_(g).add_(uncond)
+        if self.rescale and mixed.numel():
+            phi = float(torch.tensor(self.sampler.guidance_rescale, dtype=scales.dtype))
+            factor = rescale_factor(cond, mixed, phi, layout_of(self.ring[0])).to(scales.dtype)
+            mixed.mul_(factor.view(g.shape))
+        return torch.where(only_cond, cond, mixed)
 
     def _scale_noise(self, variance: Tensor) -> None:
         """Give the noise the standard deviation that the network says (Nichol and Dhariwal 2021, equation 15)."""
@@ -420,6 +498,8 @@ class Run:
                 self._step(self.guided[k])
             if self.sampler.callback is not None and row.denoised is not None:
                 self._call_back(k, row.point, row.denoised)
+                if k + 1 < len(rows):
+                    self._feed(k + 1)  # whatever the callback did to the state reaches the network
             if self.sampler.check_every and (k + 1) % self.sampler.check_every == 0:
                 self._check_finite()
         self._check_finite()
@@ -427,7 +507,10 @@ class Run:
 
     def _call_back(self, step: int, point: Point, denoised: int) -> None:
         assert self.sampler.callback is not None
-        returned = self.sampler.callback(step, self.den.noise.sigma_of(point), self.ring[0], self.ring[denoised])  # type: ignore[func-returns-value]
+        d = self.ring[denoised]
+        if denoised == 0 or any(denoised in row.reads for row in self.plan.rows):
+            d = d.clone()  # the state or the solver's history: what an edit of it would change depends on the solver
+        returned = self.sampler.callback(step, self.den.noise.sigma_of(point), self.ring[0], d)  # type: ignore[func-returns-value]
         if returned is not None:
             raise TypeError(f"callback: returned a {type(returned).__name__}, supported: None")
 
@@ -444,14 +527,9 @@ class Run:
             )
 
 
-def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    try:
-        sizes = tuple(operator.index(n) for n in shape)
-    except TypeError:
-        sizes = ()
-    if not sizes or min(sizes) < 0:
-        raise ValueError(f"shape: got {shape}, supported: (B, *sample), integers of at least 0")
-    return sizes
+def _guides(scale: Scale) -> bool:
+    """Whether a row at this scale takes both halves."""
+    return any(g != 1 for g in scale) if isinstance(scale, tuple) else scale != 1
 
 
 def _deviations(plan: Plan, end: Point) -> list[tuple[float, float]] | None:
@@ -461,80 +539,6 @@ def _deviations(plan: Plan, end: Point) -> list[tuple[float, float]] | None:
     steps = zip(plan.rows, [*plan.rows[1:], Row(end, {})], strict=True)
     pairs = [(posterior_std(p.point, q.point), large_std(p.point, q.point)) if p.learned else (1.0, 1.0) for p, q in steps]
     return [(math.log(small), math.log(large)) for small, large in pairs]
-
-
-def _broadcasts(mask: Tensor, shape: tuple[int, ...]) -> bool:
-    try:
-        return tuple(torch.broadcast_shapes(mask.shape, shape)) == shape
-    except RuntimeError:
-        return False
-
-
-def _device(den: Denoiser, device: torch.device | str | None) -> torch.device:
-    if device is None and isinstance(den.net, torch.nn.Module):
-        device = next((p.device for p in den.net.parameters()), None)
-    return torch.device(device or "cpu")
-
-
-def _seed_values(seeds: Seeds, batch: int) -> Tensor:
-    if seeds is None:
-        return torch.randint(0, 2**63 - 1, (batch,), dtype=torch.int64)
-    if isinstance(seeds, Tensor):
-        if seeds.dtype != torch.int64 or seeds.ndim != 1:
-            raise ValueError(f"seeds: got {seeds.dtype} of shape {tuple(seeds.shape)}, supported: torch.int64 ({batch},)")
-        values = seeds.tolist()
-    else:
-        try:
-            values = [operator.index(seed) for seed in seeds]
-        except TypeError:
-            raise ValueError(f"seeds: got {seeds!r}, supported: {batch} integers, one per sample, or None") from None
-    if len(values) != batch:
-        raise ValueError(f"seeds: got {len(values)}, supported: {batch}, one per sample")
-    wrong = [seed for seed in values if not 0 <= seed < 2**63]
-    if wrong:
-        raise ValueError(f"seeds: got {wrong[0]}, supported: integers in [0, 2^63)")
-    return torch.tensor(values, dtype=torch.int64)
-
-
-def _stack(uncond: Condition, cond: Condition, batch: int) -> Condition:
-    """Both halves' condition as one, the unconditional first. Tensors are stacked along the batch; anything else must be the same."""
-    if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
-        return _stack_tensors("cond", uncond, cond, batch)
-    if not (isinstance(cond, Mapping) and isinstance(uncond, Mapping) and cond.keys() == uncond.keys()):
-        raise ValueError(f"uncond: got {_kind(uncond)} with cond {_kind(cond)}, supported: two tensors, or two mappings with the same keys")
-    stacked: dict[str, Any] = {}
-    for key, value in cond.items():
-        if isinstance(value, Tensor) and isinstance(uncond[key], Tensor):
-            stacked[key] = _stack_tensors(f"cond[{key!r}]", uncond[key], value, batch)
-        elif type(value) is type(uncond[key]) and value == uncond[key]:
-            stacked[key] = value
-        else:
-            raise ValueError(f"uncond[{key!r}]: got {uncond[key]!r} with cond {value!r}, supported: two tensors, or equal values")
-    return stacked
-
-
-def _parts(cond: Condition) -> Mapping[str, Any]:
-    return cond if isinstance(cond, Mapping) else {"": cond}
-
-
-def _clone(cond: Condition) -> Condition:
-    if isinstance(cond, Mapping):
-        return {key: value.clone() if isinstance(value, Tensor) else value for key, value in cond.items()}
-    return None if cond is None else cond.clone()
-
-
-def _kind(cond: Condition) -> str:
-    return f"a mapping of {sorted(cond)}" if isinstance(cond, Mapping) else f"a {type(cond).__name__}"
-
-
-def _stack_tensors(name: str, uncond: Tensor, cond: Tensor, batch: int) -> Tensor:
-    if cond.shape[:1] != (batch,):
-        raise ValueError(f"{name}: got shape {tuple(cond.shape)}, supported: ({batch}, ...), one entry per sample")
-    if uncond.shape != cond.shape:
-        if uncond.shape[1:] != cond.shape[1:] or uncond.shape[:1] != (1,):
-            raise ValueError(f"un{name}: got shape {tuple(uncond.shape)}, supported: {tuple(cond.shape)}, or 1 for its batch")
-        uncond = uncond.expand_as(cond)
-    return torch.cat([uncond, cond])
 
 
 def _ring(slots: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, layout: torch.memory_format) -> Tensor:

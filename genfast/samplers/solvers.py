@@ -101,6 +101,8 @@ def make_plan(solver: str | Solver, grid: Grid, **options: Any) -> Plan:
     Raises ValueError for unknown solvers and options, with the nearest names, and for rows that cannot be executed.
     """
     function = find_solver(solver, options)
+    if not isinstance(grid, Grid):
+        raise TypeError(f"grid: got a {type(grid).__name__}, supported: a Grid, for example genfast.schedules.grid(den.noise, 20)")
     name = solver if isinstance(solver, str) else getattr(solver, "__name__", "custom")
     return assemble(name, grid.noise, function(grid, **options))
 

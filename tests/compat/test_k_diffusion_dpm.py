@@ -121,8 +121,9 @@ def adaptive(eps, x, low, high, noise, on_step, order=3, rtol=0.05, atol=0.0078,
     return x, counts
 
 
-def both(name, x, *count, **options):
-    """The sampler's result and the float64 loop's, with what each of them called."""
+def both(name, x, *count, edit=None, **options):
+    """The sampler's result and the float64 loop's, with what each of them called; ``edit(x, denoised)`` is what the callback writes."""
+    mine, others = x if edit is None else x.clone(), x.double() if edit is None else x.to(torch.float64, copy=True)
     torch.manual_seed(11)
     ours, theirs, fed, evaluated, asked = [], [], [], [], []
 
@@ -134,8 +135,13 @@ def both(name, x, *count, **options):
         asked.append((float(s), float(t)))
         return torch.randn_like(x)
 
+    def told(step):
+        ours.append(step)
+        if edit is not None:
+            edit(step["x"], step["denoised"])
+
     sampler = getattr(K, f"sample_dpm_{name}")
-    got = sampler(called, x, LOW, HIGH, *count, {"gain": 0.9}, ours.append, True, noise_sampler=drawn, **options)
+    got = sampler(called, mine, LOW, HIGH, *count, {"gain": 0.9}, told, True, noise_sampler=drawn, **options)
     state = torch.get_rng_state()
     torch.manual_seed(11)
 
@@ -149,7 +155,13 @@ def both(name, x, *count, **options):
     options.pop("return_info", None)
     pid = {"pid": tuple(options.pop(key) for key in ("pcoeff", "icoeff", "dcoeff"))} if "pcoeff" in options else {}
     loop = {"fast": fast, "adaptive": adaptive}[name]
-    want = loop(eps, x.double(), LOW, HIGH, *count, noise, lambda *a: theirs.append(a), **options, **pid)
+
+    def on_step(i, x, t, denoised):
+        theirs.append((i, x, t, denoised))
+        if edit is not None:
+            edit(x, denoised)
+
+    want = loop(eps, others, LOW, HIGH, *count, noise, on_step, **options, **pid)
     assert torch.equal(state, torch.get_rng_state())
     assert all(s.shape == x.shape[:1] and s.dtype == x.dtype for s in fed)
     # The adaptive step follows the error, and so the rounding of the state.
@@ -323,5 +335,5 @@ def test_log_likelihood_of_normal_data(dtype):
 
 def test_log_likelihood_needs_torchdiffeq(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
-    with pytest.raises(ImportError, match=r"log_likelihood: torchdiffeq is not installed, supported: pip install genfast\[k-diffusion\]"):
+    with pytest.raises(ImportError, match=r"log_likelihood: torchdiffeq is not installed, supported: pip install torchdiffeq"):
         K.log_likelihood(model, start(), LOW, HIGH)

@@ -62,6 +62,12 @@ def uniforms(seed, draw, stream, count):
     return np.stack([(w >> u32(8)).astype(f32) * f32(2.0**-24) for w in words(seed, draw, stream, count)], 1).reshape(-1)[:count]
 
 
+def toward_zero(u, digits):
+    """The first ``digits`` significant bits of every number: a uniform in bfloat16 (8) or float16 (11)."""
+    m, e = np.frexp(u)
+    return np.ldexp(np.floor(np.ldexp(m, digits)), e - digits)
+
+
 if __name__ == "__main__":
     for z in normals(int(sys.argv[1]), int(sys.argv[2]), 0, int(sys.argv[3])):
         print(repr(float(z)))

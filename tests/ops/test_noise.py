@@ -17,6 +17,7 @@ from genfast.reference.noise import philox
 from genfast.testing.oracle import same_bits
 
 SEEDS = [0, 1, 2**32 - 1, 2**32, 2**40 + 7, 2**63 - 1]
+DIGITS = {torch.bfloat16: 8, torch.float16: 11}  # significant bits
 COUNT = 40_003  # more than any vector or block, and no multiple of four
 
 KNOWN_ANSWERS = [  # Random123's kat_vectors for philox4x32-10: counter, key, result
@@ -53,8 +54,25 @@ def test_bits_are_the_specifications(kind: str, draw: int, stream: int, isa: str
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["normal", "uniform"])
 def test_other_dtypes_round_the_same_values(kind: str, dtype: torch.dtype, isa: str) -> None:
-    expected = from_numpy(getattr(numpy_noise, f"{kind}s"), 1, 2).to(dtype)
-    assert same_bits(getattr(ops, kind)(torch.tensor(SEEDS), expected.shape, draw=1, stream=2, dtype=dtype), expected)
+    expected = from_numpy(getattr(numpy_noise, f"{kind}s"), 1, 2)
+    if kind == "uniform" and dtype in DIGITS:
+        expected = torch.from_numpy(numpy_noise.toward_zero(expected.numpy(), DIGITS[dtype]))
+    expected = expected.to(dtype)
+    for namespace in (ops, reference):
+        got = getattr(namespace, kind)(torch.tensor(SEEDS), expected.shape, draw=1, stream=2, dtype=dtype)
+        assert same_bits(got, expected), namespace.__name__
+
+
+@pytest.mark.parametrize("dtype", list(DIGITS), ids=str)
+def test_uniforms_in_16_bits_stay_below_one(dtype: torch.dtype, isa: str) -> None:
+    """In both layouts, at any place of a vector; rounded to nearest, 1 of 512 numbers in bfloat16 would be 1."""
+    seeds, largest = torch.arange(8), 1 - 2.0 ** -DIGITS[dtype]
+    exact = ops.uniform(seeds, (8, 3, 131, 67))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        got = ops.uniform(seeds, exact.shape, dtype=dtype, memory_format=layout)
+        assert float(got.max()) == largest and float(exact.max()) > 1 - 2.0**-16
+        assert bool((got.float() <= exact).all()) and float((exact - got.float()).max()) < 2.0 ** -DIGITS[dtype]
+        assert same_bits(got, torch.from_numpy(numpy_noise.toward_zero(exact.numpy(), DIGITS[dtype])).to(dtype))
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 7, 9), (3, 4, 16, 16), (3, 5, 33, 65), (3, 3, 2, 9, 11), (3, 130, 3, 3)])

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import gaussian
 import numpy as np
 import pytest
 import torch
+from recorder import install
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from genfast import reference, schedules
 from genfast.samplers import SOLVERS, Denoiser, Sampler
@@ -495,31 +493,10 @@ def test_capture_equals_the_loop(solver: str) -> None:
     assert again.isfinite().all()
 
 
-class _Recorder(TorchDispatchMode):
-    """A stand-in for a CUDA graph: replays the recorded operators on the same memory, with every Python value baked in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls, self.replays = [], 0
-
-    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-    def replay(self) -> None:
-        self.replays += 1
-        for func, args, kwargs, out in self.calls:
-            new = func(*args, **kwargs)
-            if isinstance(out, Tensor) and new.data_ptr() != out.data_ptr():
-                out.copy_(new)
-
-
 @pytest.mark.parametrize("noisy", ["kernel", "generator", "kernel, inpainting"])
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "euler_ancestral", "heun", "unipc"])
 def test_one_recorded_step_serves_every_row_and_call(solver: str, noisy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What capture relies on, shown without a GPU: nothing in a step is baked in that belongs to its row, seeds or condition."""
-    graphs: list[_Recorder] = []
     states: list[tuple[Tensor, Tensor]] = []
     den, shifts = vp(), torch.tensor([0.1, 0.2, 0.3])
 
@@ -543,22 +520,8 @@ def test_one_recorded_step_serves_every_row_and_call(solver: str, noisy: str, mo
     expected, expected_states = [call(plain, 1), call(plain, 2)], list(states)
     states.clear()
 
-    @contextmanager
-    def record(graph: _Recorder) -> Iterator[None]:
-        """Recording a CUDA graph executes nothing: put back what the recorded step wrote."""
-        run = draw._recorded
-        buffers = [run.ring, run.counter, run.watch, run.model_input]
-        before = [buffer.clone() for buffer in buffers]
-        with graph:
-            yield
-        graphs.append(graph)
-        for buffer, values in zip(buffers, before, strict=True):
-            buffer.copy_(values)
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Recorder)
-    monkeypatch.setattr(torch.cuda, "graph", record)
-    monkeypatch.setattr(Sampler, "_check_call", lambda *_: None)
     draw = make(capture=True)
+    graphs = install(monkeypatch, lambda: draw._recorded)
     assert all(torch.equal(call(draw, 1 + k), expected[k]) for k in (0, 1))
     assert len(graphs) == 2 and sum(graph.replays for graph in graphs) == 2 * len(plain.plan(VP).rows) - 2
     assert all(torch.equal(a, b) for one, two in zip(states, expected_states, strict=True) for a, b in zip(one, two, strict=True))

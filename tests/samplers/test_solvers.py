@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +81,39 @@ def test_order_of_convergence(solver: str, options: dict, order: int, kind: str)
         errors.append(np.abs(got - gaussian.exact(x, grid.point(0), grid.point(n))).max())
     assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.25), errors
     assert errors[1] < 0.05
+
+
+def documented_orders() -> list[tuple[str, dict, int]]:
+    """Every entry of the table of orders in docs/solvers.md: `name(option=value)`, with what "with option=value:" before it adds."""
+    text = (Path(__file__).parents[2] / "docs" / "solvers.md").read_text()
+    found = []
+    for order, cells in re.findall(r"^\| ([1-4]) \| (`.*) \|$", text, re.MULTILINE):
+        for part in re.sub(r" \([^)`]*\)", "", cells).split(";"):  # without remarks
+            more = eval(f"dict({(re.match(r' with (.*?):', part) or [None, ''])[1]})")
+            for name, options in re.findall(r"`(\w+)(\(.*?\)(?=`))?`", part):
+                found.append((name, more | eval(f"dict{options or '()'}"), int(order)))
+    return [entry for entry in found if entry[0] != "flow_midpoint"]  # on other data: below
+
+
+def test_the_table_of_orders_was_read() -> None:
+    names = [(name, order) for name, _, order in documented_orders()]
+    assert len(names) > 55 and ("unipc", 4) in names and ("deis", 2) in names and ("ipndm", 1) in names
+
+
+@pytest.mark.parametrize(("solver", "options", "order"), documented_orders(), ids=str)
+def test_documented_orders(solver: str, options: dict, order: int) -> None:
+    """Solvers that lower the order of their last steps show their order only where those steps are tiny: on finer grids."""
+    signature = inspect.signature(SOLVERS[solver]).parameters
+    lowered = options.get("lower_order_final", "lower_order_final" in signature and signature["lower_order_final"].default)
+    errors = []
+    for n in (1200, 2400) if lowered else (81, 162):
+        log_snr = -np.log(12.0) + (np.log(12.0) - np.log(0.05)) * np.linspace(0, 1, n + 1) ** 2
+        grid = through_ratios(PROCESSES["ve"], np.exp(-log_snr))
+        x = np.array([-1.3, 0.2, 2.1]) * grid.sigma[0]
+        errors.append(
+            np.abs(execute(make_plan(solver, grid, **options), gaussian.denoise, x) - gaussian.exact(x, grid.point(0), grid.point(n)))
+        )
+    assert np.log2(errors[0].max() / errors[1].max()) == pytest.approx(order, abs=0.25)
 
 
 @pytest.mark.parametrize(("solver", "order"), [("flow_midpoint", 2), ("flow_heun", 2), ("flow_euler", 1)])

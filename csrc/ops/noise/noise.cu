@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kTileThreads) noise_kernel(const __grid_consta
       if (p.uniform) {
         const Words words = philox(p.seeds[b], p.stream, p.draw, i);
 #pragma unroll
-        for (int k = 0; k < 4; ++k) four.z[k] = uniform(words.w[k]);
+        for (int k = 0; k < 4; ++k) four.z[k] = as_float(as_bits(uniform(words.w[k])) & uniform_bits<S>());
       } else {
         four = normals(p.seeds[b], p.stream, p.draw, i);
       }

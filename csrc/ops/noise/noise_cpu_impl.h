@@ -18,6 +18,9 @@ void fill_range(const NoiseParams& p, int64_t sample, int64_t begin, int64_t end
     } else {
       noise_range<kUniform>(key, at, n, z);
     }
+    if constexpr (kUniform && sizeof(S) == 2) {
+      for (int64_t e = 0; e < n; ++e) z[e] = as_float(as_bits(z[e]) & uniform_bits<S>());
+    }
     int64_t e = 0;
     for (; e + kLanes <= n; e += kLanes) store(out + at + e, load<float>(z + e));
     if (e == n) continue;

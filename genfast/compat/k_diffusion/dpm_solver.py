@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from genfast.ops._checks import check_floating, refusal
+from genfast.ops._checks import check_floating, refusal, versions
 from genfast.samplers import Row
 from genfast.samplers.adaptive import PIDStepSizeController
 from genfast.schedules import Point
@@ -205,11 +205,15 @@ class DPMSolver(nn.Module):
             return noise_sampler(sigmas[i], sigmas[i + 1])
 
         def on_step(i: int, first: int, x: Tensor, denoised: Tensor) -> None:
-            if self.info_callback is not None:
-                self.info_callback({"x": x, "i": i, "t": ts[i], "t_up": ts[i], "denoised": denoised})
+            assert self.info_callback is not None
+            before = versions(ts)
+            self.info_callback({"x": x, "i": i, "t": ts[i], "t_up": ts[i], "denoised": denoised.clone()})
+            if versions(ts) != before:
+                raise refusal("callback", "one that writes into t", "one that writes into x, as the times are on the host")
 
-        levels, slot = packed.sigma.to(x), _NOISE if eta else None
-        return run(self.model, x, packed, draws, levels, self.extra_args, range(steps), draw, slot, on_step, self.eps_callback)[0]
+        levels, slot, told = packed.sigma.to(x), _NOISE if eta else None, on_step if self.info_callback is not None else None
+        arguments = (self.model, x, packed, draws, levels, self.extra_args, range(steps), draw, slot, told, self.eps_callback)
+        return run(*arguments, slope_first=True)[0]  # upstream caches the first slope of a step before it calls back
 
     def dpm_solver_adaptive(
         self,
@@ -246,7 +250,8 @@ class DPMSolver(nn.Module):
         seen: list[Tensor] = []  # the denoised of every step's first evaluation, the last in use
 
         def on_step(i: int, first: int, x: Tensor, denoised: Tensor) -> None:
-            seen[:] = [denoised]
+            if self.info_callback is not None:
+                seen[:] = [denoised.clone()]  # the network may use its memory again before the callback sees this
 
         while s < t_end - 1e-5 if forward else s > t_end + 1e-5:
             t = torch.minimum(t_end, s + pid.h) if forward else torch.maximum(t_end, s + pid.h)

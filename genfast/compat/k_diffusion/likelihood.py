@@ -28,7 +28,7 @@ def log_likelihood(
     try:
         from torchdiffeq import odeint
     except ImportError:
-        raise ImportError("log_likelihood: torchdiffeq is not installed, supported: pip install genfast[k-diffusion]") from None
+        raise ImportError("log_likelihood: torchdiffeq is not installed, supported: pip install torchdiffeq") from None
     extra_args = {} if extra_args is None else extra_args
     ones = x.new_ones([x.shape[0]])
     signs = torch.randint_like(x, 2) * 2 - 1

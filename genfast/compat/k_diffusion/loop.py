@@ -128,12 +128,15 @@ def run(
     noise_slot: int | None,
     on_step: Callable[[int, int, Tensor, Tensor], object] | None,
     on_evaluation: Callable[[], object] | None = None,
+    slope_first: bool = False,
 ) -> dict[int, Tensor]:
     """Run the rows and return the slots as they end; slot 0 is the state.
 
     ``draws`` groups the rows into steps, over which ``bar`` counts; noise drawn after an evaluation is at hand to its row.
     ``levels`` (rows,) are the sigmas the network is fed, in x's dtype. ``draw(i, first, k)`` draws for row k of step i, which row
     ``first`` starts. ``on_step(i, first, x, denoised)`` is called after the first evaluation of every step, ``on_evaluation()`` after each.
+    What on_step writes into its tensors counts, as it does upstream: with ``slope_first`` for the state alone, because there the slope
+    (x - denoised) / sigma is taken before the callback.
     """
     extra_args = {} if extra_args is None else extra_args
     launch = Launcher(x, rows)
@@ -144,10 +147,15 @@ def run(
         first, slots[STEP_START] = k, slots[0]
         for drawn in draws[i]:
             denoised = model(slots[0], fed[k], **extra_args)
+            if not isinstance(denoised, Tensor):
+                raise refusal("model", f"an output that is a {type(denoised).__name__}", "a tensor shaped like x")
             if on_evaluation is not None:
                 on_evaluation()
             if on_step is not None and k == first:
+                before = (slots[0].clone(), denoised.clone()) if slope_first and denoised.shape == x.shape else None
                 on_step(i, k, slots[0], denoised)
+                if before is not None:
+                    denoised = before[1] + (slots[0] - before[0])  # the old slope at the state as it is now; exact where nothing changed
             if drawn:
                 noise = draw(i, first, k)
                 if noise_slot is not None:

@@ -21,7 +21,7 @@ def default_noise_sampler(x: Tensor) -> NoiseSampler:
 class BatchedBrownianTree:
     """W(t1) - W(t0) of Brownian motions on ``t0`` .. ``t1``, shaped like ``x``; a list of seeds gives every sample its own motion.
 
-    ``seed`` None draws one from torch's global generator. Needs torchsde (``pip install genfast[k-diffusion]``).
+    ``seed`` None draws one from torch's global generator. Needs torchsde (``pip install torchsde``).
     """
 
     def __init__(self, x: Tensor, t0: Tensor, t1: Tensor, seed: int | Sequence[int] | None = None, **kwargs: Any) -> None:
@@ -29,7 +29,7 @@ class BatchedBrownianTree:
             import torchsde
         except ImportError:
             raise ImportError(
-                "noise_sampler: got None and torchsde is not installed, supported: pip install genfast[k-diffusion], or a function"
+                "noise_sampler: got None and torchsde is not installed, supported: pip install torchsde, or a function"
             ) from None
         t0, t1, self.sign = self.sort(t0, t1)
         w0 = kwargs.pop("w0", torch.zeros_like(x))

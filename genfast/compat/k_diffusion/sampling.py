@@ -5,7 +5,8 @@ that one changed import keeps the pictures. What differs is listed in docs/k-dif
 
 Common to all ``sample_*``: ``model(x, sigma, **extra_args)`` returns the denoised x; ``x`` (B, \\*sample), float32, float64, bfloat16 or
 float16, already scaled to the first sigma; ``sigmas`` (N + 1,) strictly decreasing, the last (usually 0) where the sample is taken;
-``callback`` gets a dict with x, i, sigma, sigma_hat and denoised once a step; ``disable`` is tqdm's; ``noise_sampler(sigma, sigma_next)``
+``callback`` gets a dict with x, i, sigma, sigma_hat and denoised once a step, and what it writes into x and
+denoised in place counts as it does upstream; ``disable`` is tqdm's; ``noise_sampler(sigma, sigma_next)``
 returns standard normal noise shaped like x. They run without gradients and return a new tensor of x's shape and dtype, or x itself where
 ``sigmas`` has a single entry. They raise ValueError for other dtypes, for other sigmas and for a model output that does not fit x.
 """
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from genfast.ops._checks import check_floating, refusal
+from genfast.ops._checks import check_floating, refusal, versions
 from genfast.samplers import SOLVERS, Plan, Row, Solver, make_plan
 from genfast.samplers.adaptive import PIDStepSizeController
 from genfast.schedules import Grid, edm
@@ -126,6 +127,7 @@ _SAMPLERS = {
     "dpm_2": _Sampler("dpm2", lambda to, down, eta: (False, True) if to > 0 else (True,)),
 }
 _CHURN = ("euler", "heun", "dpm_2")
+_SLOPE_FIRST = (*_CHURN, "lms")  # upstream takes the slope before it calls back
 
 
 @lru_cache(maxsize=64)
@@ -175,11 +177,15 @@ def _sample(
         return draw_noise(told[first], told[k + 1])
 
     def on_step(i: int, first: int, x: Tensor, denoised: Tensor) -> None:
-        if callback is not None:
-            callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": levels[first], "denoised": denoised})
+        assert callback is not None
+        before = versions(sigmas, levels)
+        callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": levels[first], "denoised": denoised})
+        if versions(sigmas, levels) != before:
+            raise refusal("callback", "one that writes into sigmas", "one that writes into x and denoised, as the sigmas are on the host")
 
-    bar = trange(len(draws), disable=disable)
-    return run(model, x, rows, draws, levels[:-1].to(x), extra_args, bar, draw, plan.noise_slot, on_step)[0]
+    bar, told_to = trange(len(draws), disable=disable), on_step if callback is not None else None
+    first = name in _SLOPE_FIRST
+    return run(model, x, rows, draws, levels[:-1].to(x), extra_args, bar, draw, plan.noise_slot, told_to, slope_first=first)[0]
 
 
 # Samplers with churn (Karras et al. 2022, algorithm 2)
