@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -64,6 +65,13 @@ def sample_grid(net: UNet, noise: NoiseSchedule, prediction: Prediction, size: S
     classes = net.config.num_classes
     sampler = Sampler("dpmpp_2m", steps=20, guidance_scale=2.5 if classes else 1.0, progress=False)
     return grid(draw(denoiser_of(net, noise, prediction), sampler, range(max(1, classes)), range(columns), size), columns)
+
+
+def png(picture: Image.Image) -> bytes:
+    """The content of a PNG file."""
+    content = io.BytesIO()
+    picture.save(content, format="PNG")
+    return content.getvalue()
 
 
 def grid(x: Tensor, columns: int, names: Sequence[str] = (), zoom: int = 2, gap: int = 2) -> Image.Image:
