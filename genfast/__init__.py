@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from genfast import compat, data, models, nn, ops, reference, samplers, schedules, testing, train
+    from genfast import compat, data, models, nn, ops, reference, samplers, schedules, testing, train  # noqa: F401
     from genfast.ops import explain_attention
     from genfast.samplers import Denoiser, Plan, Sampler
 

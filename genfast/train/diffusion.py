@@ -26,7 +26,7 @@ from genfast.schedules import NoiseSchedule
 from genfast.train import ema as averages
 from genfast.train.checkpoint import check_fits
 from genfast.train.lock import hold
-from genfast.train.pictures import Prediction, png, sample_grid
+from genfast.train.pictures import Prediction, encoded, sample_grid
 from genfast.train.run import (
     LABELS,
     MOST,
@@ -203,7 +203,7 @@ def train_diffusion(
                 plot_log(rows, out / "loss.png", {"loss": "-", "validation_loss": "o-"}, "mean squared error", "log")
             if sample_every and (done % sample_every == 0 or last):
                 with _weights(net, average):
-                    write_atomically(out / f"samples-{done:06d}.png", png(sample_grid(net, noise, prediction, images.shape[-2:])))
+                    write_atomically(out / f"samples-{done:06d}.png", encoded(sample_grid(net, noise, prediction, images.shape[-2:])))
             if done % checkpoint_every == 0 or last:
                 save_checkpoint(out, done, config, _tensors(parameters, average, optimizer))
 

@@ -22,7 +22,7 @@ from genfast.models import generators
 from genfast.train import ema as averages
 from genfast.train.adversarial import D_DRAW, G_DRAW, PATH, PATH_DRAW, AdversarialStep, Objective
 from genfast.train.lock import hold
-from genfast.train.pictures import grid, png
+from genfast.train.pictures import encoded, grid
 from genfast.train.run import (
     MODEL_NOISE,
     MOST,
@@ -169,7 +169,7 @@ def train_gan(
                 plot_log(rows, out / "loss.png", {name: style for name, style in CURVES.items() if name in row}, "loss")
                 bar.set_postfix(d=f"{row['d_loss']:.3f}", g=f"{row['g_loss']:.3f}", refresh=False)
             if sample_every and (done % sample_every == 0 or last):
-                write_atomically(out / f"samples-{done:06d}.png", png(_sample_grid(generator, step.average, rng)))
+                write_atomically(out / f"samples-{done:06d}.png", encoded(_sample_grid(generator, step.average, rng)))
             if done % checkpoint_every == 0 or last:
                 save_checkpoint(out, done, config, step.state())
 
