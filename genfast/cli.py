@@ -137,7 +137,7 @@ _GAN_DEFAULTS: dict[str, dict[str, Any]] = {
 
 def _border(images: NDArray[np.uint8], size: int) -> int:
     """How many zeros go around square images (..., H, H) on each side to make them (..., size, size)."""
-    border = size - images.shape[-1]
+    border: int = size - images.shape[-1]
     if border < 0 or border % 2:
         raise ValueError(f"--size: got {size}, supported: {images.shape[-1]} or more by an even number")
     return border // 2
@@ -326,17 +326,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line: 0 on success, 2 with one sentence on stderr for an error a user can mend."""
+    """Run the command line and return its exit status (`failure.guarded`); without ``argv`` it is the process's, which ends with it."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.run not in (_bench, _info):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.passed_on = rest
     interrupted = f"interrupted; the same command continues the run in {arguments.out}" if arguments.run in _TRAINING else "interrupted"
-    return guarded(lambda: arguments.run(arguments), interrupted)
+    status = guarded(lambda: arguments.run(arguments), interrupted)
+    if argv is None:
+        sys.exit(status)
+    return status
 
 
 _TRAINING = (_train_diffusion, _train_gan)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
