@@ -24,6 +24,20 @@ def check(rules: Mapping[str, Rule], values: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}: got {shown(value)}, supported: {rules[name].supported}")
 
 
+def settle(options: Any, rules: Mapping[str, Rule]) -> None:
+    """`check` the fields of a frozen dataclass, then make them `plain`: what its ``__post_init__`` begins with."""
+    check(rules, vars(options))
+    for name, value in vars(options).items():
+        object.__setattr__(options, name, plain(value))
+
+
+def plain(value: Any) -> Any:
+    """Numbers of numpy, which overflow and which JSON does not take, as Python's; lists as tuples."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return tuple(map(plain, value)) if isinstance(value, tuple | list) else value
+
+
 def shown(value: Any) -> str:
     """A value as an error names it: strings in quotes, everything on one short line."""
     text = " ".join((repr(value) if isinstance(value, str) else str(value)).split())
@@ -76,7 +90,7 @@ def flag() -> Rule:
 
 def instance(kind: type) -> Rule:
     article = "an" if kind.__name__[0] in "AEIOU" else "a"
-    return Rule(f"{article} {kind.__module__.partition('.')[0]} {kind.__name__}", lambda value: isinstance(value, kind))
+    return Rule(f"{article} {kind.__name__} of {kind.__module__.partition('.')[0]}", lambda value: isinstance(value, kind))
 
 
 def optional(rule: Rule) -> Rule:

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from genfast.failure import guarded
+from genfast.failure import Parser, guarded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,19 +53,20 @@ def _train_diffusion(arguments: argparse.Namespace) -> None:
     import torch
 
     from genfast import data, schedules
-    from genfast.checks import check
+    from genfast.checks import check, whole
     from genfast.models import UNet, UNetConfig
     from genfast.train import diffusion, train_diffusion
 
-    check(diffusion.RANGES, vars(arguments))  # before a data set is fetched
-    device = _device(arguments)
-    data.fetch(arguments.data)
-    (images, labels), validation = data.hold_out(*data.load(arguments.data), arguments.validation)
-    classes = data.DATASETS[arguments.data].classes
+    check(diffusion.RANGES | {"warmup": whole(0, arguments.steps)}, vars(arguments))  # before a data set is fetched
+    device, classes = _device(arguments), data.dataset(arguments.data).classes
     noise = getattr(schedules, arguments.noise)()
-    torch.manual_seed(arguments.seed)  # of the initial weights; the training draws are counter-based
     config = UNetConfig(channels=tuple(arguments.channels), blocks=tuple(arguments.blocks), attention=tuple(map(bool, arguments.attention)),
                         num_classes=len(classes), time_scale=1000.0 if noise.kind == "flow" else 1.0)  # fmt: skip
+    data.fetch(arguments.data)
+    everything = data.load(arguments.data)
+    check({"--validation": whole(1, len(everything[0]) - 1)}, {"--validation": arguments.validation})
+    (images, labels), validation = data.hold_out(*everything, arguments.validation)
+    torch.manual_seed(arguments.seed)  # of the initial weights; the training draws are counter-based
     last = train_diffusion(
         UNet(config).to(device), images, labels, validation=validation, about={"data": arguments.data, "classes": classes},
         out=arguments.out, steps=arguments.steps, batch=arguments.batch, seed=arguments.seed, prediction=arguments.prediction, noise=noise,
@@ -219,12 +220,6 @@ def _info(arguments: argparse.Namespace) -> None:
     sys.exit(info.main(arguments.passed_on))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line as every other error, instead of the whole usage."""
-        self.exit(2, f"genfast: {message}; {self.prog} --help says what there is\n")
-
-
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         import genfast
@@ -234,7 +229,7 @@ class _Version(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="genfast", description="Fast generative models in PyTorch.")
+    parser = Parser(prog="genfast", description="Fast generative models in PyTorch.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

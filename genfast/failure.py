@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 # What a user can mend: a wrong argument or file, a full disk, a missing device or package, too little memory, a training that diverges.
 MENDABLE = (ValueError, RuntimeError, OSError, ArithmeticError, ImportError, MemoryError)
@@ -36,6 +38,13 @@ def guarded(command: Callable[[], object], interrupted: str = "interrupted") -> 
     finally:
         warnings.formatwarning = plain
     return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that answers a wrong command line with one line, as `guarded` answers everything else."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"genfast: {message}; {self.prog} --help says what there is\n")
 
 
 def sentence(error: BaseException) -> str:

@@ -62,7 +62,7 @@ def unpack(path: Path, key: str, name: str = "path") -> tuple[dict[str, Tensor],
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     if not path.is_file():
-        raise ValueError(f"{name}: got {path}, which is not a file, supported: a safetensors file")
+        raise ValueError(f"{name}: got {path}, which is not a regular file, supported: a safetensors file")
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(key)

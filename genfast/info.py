@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import os
 import platform
@@ -12,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from genfast import _C, __version__, _library
+from genfast.failure import Parser
 
 ISA_NAMES = ("baseline", "avx2", "avx512")
 
@@ -51,7 +51,7 @@ def facts() -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print versions, what was built, what loaded and why not; ``--brief`` prints one line."""
-    parser = argparse.ArgumentParser(prog="genfast info", description="What is installed, what was built, what loaded and why not.")
+    parser = Parser(prog="genfast info", description="What is installed, what was built, what loaded and why not.")
     parser.add_argument("--brief", action="store_true", help="one line")
     brief = parser.parse_args(arguments).brief
     lines = facts()

@@ -101,7 +101,7 @@ def fetch(name: str, source: str | Path | None = None) -> Path:
     Where the data set is there already, ``source`` is not read, and a warning says so.
     Raises ValueError for an unknown name, a missing or altered file, and RuntimeError if a tool is missing or a download fails.
     """
-    dataset = _dataset(name)
+    entry = dataset(name)
     target = directory() / name
     if source is not None and not Path(source).exists():
         raise ValueError(f"--from: got {source}, which does not exist, supported: a folder or a .deb file")
@@ -113,16 +113,16 @@ def fetch(name: str, source: str | Path | None = None) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch:
         work = Path(scratch)
         if source is None:
-            folder = _unpack(_download(dataset, work), work)
+            folder = _unpack(_download(entry, work), work)
         else:
             source = Path(source)
             folder = source if source.is_dir() else _unpack(source, work)
         ready = work / "ready"
         ready.mkdir()
-        for file, digest in dataset.files.items():
+        for file, digest in entry.files.items():
             found = next(iter(sorted(folder.rglob(file))), None)
             if found is None:
-                raise ValueError(f"{name}: {file} is missing in {source or dataset.package}, supported: all of {', '.join(dataset.files)}")
+                raise ValueError(f"{name}: {file} is missing in {source or entry.package}, supported: all of {', '.join(entry.files)}")
             got = _content_digest(found)
             if got != digest:
                 raise ValueError(f"{name}: {file} has content of SHA-256 {got}, supported: {digest}")
@@ -140,14 +140,14 @@ def load(name: str, split: str = "train") -> tuple[Images, Labels]:
 
     Raises ValueError for an unknown name or split, or for a file that was damaged since, FileNotFoundError if the set was not fetched.
     """
-    dataset = _dataset(name)
+    entry = dataset(name)
     if split not in ("train", "test"):
         raise ValueError(f"split: got {split!r}, supported: 'train', 'test'")
     folder = directory() / name
     if not folder.exists():
         raise FileNotFoundError(f"{name}: not found in {directory()}; fetch it with: genfast data fetch {name}")
     try:
-        images, labels = dataset.read(folder, split)
+        images, labels = entry.read(folder, split)
         if len(images) != len(labels):
             raise ValueError(f"{folder} is damaged ({len(images)} images, {len(labels)} labels)")
     except (ValueError, FileNotFoundError) as error:
@@ -164,7 +164,8 @@ def hold_out(images: Images, labels: Labels, count: int) -> tuple[tuple[Images, 
     return (images[:-count], labels[:-count]), (images[-count:], labels[-count:])
 
 
-def _dataset(name: str) -> Dataset:
+def dataset(name: str) -> Dataset:
+    """The entry of `DATASETS`. Raises ValueError for an unknown name."""
     if not isinstance(name, str) or name not in DATASETS:
         raise ValueError(f"name: got {shown(name)}, supported: {', '.join(map(repr, DATASETS))}")
     return DATASETS[name]

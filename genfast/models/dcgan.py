@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genfast.checks import check, choice, flag, whole
+from genfast.checks import choice, flag, settle, whole
 from genfast.models.pyramid import DTYPES
 from genfast.nn.conv import ConvBlock
 from genfast.nn.impl import check_impl
@@ -37,7 +37,7 @@ class DCGANConfig:
     body: str = "float32"  # dtype of convolutions and feature maps; "float32" stands for the parameters' own
 
     def __post_init__(self) -> None:
-        check(RANGES, vars(self))
+        settle(self, RANGES)
         if self.size < 8 or self.base not in (4, 5, 6, 7):
             raise ValueError(f"size: got {self.size}, supported: 4, 5, 6 or 7 times a power of 2, at least 8")
 

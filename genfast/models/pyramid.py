@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from genfast.checks import check, choice, whole
+from genfast.checks import choice, settle, whole
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,7 +38,7 @@ class Pyramid:
     body_sides: int = 4
 
     def __post_init__(self) -> None:
-        check(RANGES, vars(self))
+        settle(self, RANGES)
         if not 8 <= self.size <= 1024 or self.size & (self.size - 1):
             raise ValueError(f"size: got {self.size}, supported: a power of 2 from 8 to 1024")
         if self.channel_base < self.size:

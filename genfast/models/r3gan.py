@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfast import ops
-from genfast.checks import check, whole
+from genfast.checks import settle, whole
 from genfast.models import pyramid
 from genfast.models.pyramid import Pyramid
 from genfast.nn.impl import NAMESPACES, check_impl
@@ -36,7 +36,7 @@ class R3GANConfig(Pyramid):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(RANGES, vars(self))
+        settle(self, RANGES)
         for side in self.sides:
             if self.channels(side) * self.expansion % self.group_channels:
                 raise ValueError(

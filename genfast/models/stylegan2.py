@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from genfast.checks import between, check, whole
+from genfast.checks import between, settle, whole
 from genfast.models import pyramid
 from genfast.models.pyramid import Pyramid
 from genfast.nn.impl import NAMESPACES, check_impl
@@ -34,7 +34,7 @@ class StyleGAN2Config(Pyramid):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(RANGES, vars(self))
+        settle(self, RANGES)
 
     @property
     def styles(self) -> int:

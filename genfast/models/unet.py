@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genfast.checks import above, check, each, flag, whole
+from genfast.checks import above, each, flag, settle, whole
 from genfast.models import store
 from genfast.nn import AttentionBlock, Downsample, ResBlock, TimeEmbedding, Upsample
 from genfast.nn.layers import group_norm, zero_
@@ -38,7 +38,7 @@ class UNetConfig:
     time_scale: float = 1.0  # multiplies the time before its embedding: 1 for indices of 0 to 999, 1000 for flow times in [0, 1]
 
     def __post_init__(self) -> None:
-        check(CONFIG_RANGES, vars(self))
+        settle(self, CONFIG_RANGES)
         if not len(self.channels) == len(self.blocks) == len(self.attention) >= 1:
             raise ValueError(
                 f"channels, blocks, attention: got {len(self.channels)}, {len(self.blocks)} and {len(self.attention)} levels, "

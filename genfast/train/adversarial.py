@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from genfast.checks import Rule, at_least, check, choice, decay, each, either, flag, instance, share, shown, whole
+from genfast.checks import Rule, at_least, check, choice, decay, each, either, flag, instance, plain, settle, share, shown, whole
 from genfast.train.checkpoint import check_fits
 
 Logits = Callable[[Tensor, Tensor], Tensor]
@@ -76,7 +76,7 @@ class Objective:
     g_every: int = 1
 
     def __post_init__(self) -> None:
-        check(OBJECTIVE_RANGES, vars(self))
+        settle(self, OBJECTIVE_RANGES)
 
     @property
     def penalises(self) -> bool:
@@ -169,6 +169,7 @@ class AdversarialStep:
         compile: bool = False,
     ) -> None:
         check(STEP_RANGES, locals())
+        shape, latent, lr, betas = plain((shape, latent, lr, betas))
         like, other = _parameter("generator", generator), _parameter("discriminator", discriminator)
         if like.device != other.device:
             raise ValueError(f"discriminator: got one on {other.device}, supported: {like.device}, where the generator is")
@@ -202,7 +203,7 @@ class AdversarialStep:
             GENERATOR: objective.g_every if objective.path_length else 1,
             DISCRIMINATOR: objective.d_every if objective.penalises else 1,
         }
-        pair = lr if isinstance(lr, tuple | list) else (lr, lr)
+        pair = lr if isinstance(lr, tuple) else (lr, lr)
         self.networks = {GENERATOR: generator, DISCRIMINATOR: discriminator}
         self.correction = {name: every / (every + 1) if every > 1 else 1.0 for name, every in k.items()}
         self.lr = {name: buffer().float().fill_(rate * self.correction[name]) for name, rate in zip(k, pair, strict=True)}

@@ -22,20 +22,17 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
 
     Raises ValueError if files are there and none can be read.
     """
-    problem: Exception | None = None
-    for candidate in (path, _previous(path)):
-        if not candidate.exists():
-            continue
+    candidates = [candidate for candidate in (path, _previous(path)) if candidate.exists()]
+    for candidate in candidates:
         try:
             tensors, state = unpack(candidate, "state", "checkpoint")
             if not isinstance(state, dict):
                 raise ValueError(f"checkpoint: got {candidate}, which was not written by a training run")
             return tensors, state
         except ValueError as error:
-            problem = error
+            if candidate is candidates[-1]:
+                raise ValueError(f"{error}; delete it to start again, or choose another directory") from None
             warnings.warn(f"{error}; trying the one before it", stacklevel=2)
-    if problem is not None:
-        raise ValueError(f"{problem}; delete it to start again, or choose another directory")
     return None
 
 

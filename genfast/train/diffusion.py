@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from genfast import schedules
-from genfast.checks import above, above_or_infinite, at_least, check, choice, decay, each, flag, optional, share, shown, whole
+from genfast.checks import above, above_or_infinite, at_least, check, choice, decay, each, flag, optional, plain, share, shown, whole
 from genfast.data.arrays import check_images, check_labels, label_tensor, picture_tensor
 from genfast.files import write_atomically
 from genfast.models.unet import UNet, save
@@ -126,6 +126,7 @@ def train_diffusion(
     or a gradient is not finite.
     """
     check(RANGES, locals())
+    steps, batch, seed, warmup, lr, betas, ema, clip_grad = plain((steps, batch, seed, warmup, lr, betas, ema, clip_grad))
     noise = noise or (schedules.flow() if prediction == "flow" else schedules.cosine(1000))
     _check(net, images, labels, validation, noise, prediction)
     check({"steps * batch": whole(1, VALIDATION), "warmup": whole(0, steps)}, {"steps * batch": steps * batch, "warmup": warmup})
@@ -142,7 +143,7 @@ def train_diffusion(
     net.train()
     parameters = dict(net.named_parameters())
     average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=lr, betas=betas, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=lr, betas=(float(betas[0]), float(betas[1])), weight_decay=float(weight_decay))
     rng = import_module("genfast.reference.noise" if impl == "reference" else "genfast.ops.noise")
     x_all = images[:, None] if images.ndim == 3 else images
     order, gamma = DataOrder(rng, seed, len(images)), averages.power_gamma(ema)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from genfast.checks import above, check, choice, decay, each, either, flag, instance, whole
+from genfast.checks import above, check, choice, decay, each, either, flag, instance, plain, whole
 from genfast.data.arrays import check_images, picture_tensor
 from genfast.files import write_atomically
 from genfast.models import generators
@@ -106,6 +106,7 @@ def train_gan(
     or a weight is not finite.
     """
     check(RANGES, locals())
+    steps, batch, seed, critic_steps, lr, betas, ema = plain((steps, batch, seed, critic_steps, lr, betas, ema))
     made, judges = _check(generator, discriminator, images, batch)
     samples = steps * critic_steps * batch
     check({"steps * critic_steps * batch": whole(1, VALIDATION)}, {"steps * critic_steps * batch": samples})

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from genfast.checks import shown
+from genfast.checks import plain, shown
 from genfast.files import write_atomically
 from genfast.train.checkpoint import read_checkpoint, write_checkpoint
 
@@ -53,8 +53,8 @@ def sample_seeds(seed: int, numbers: NDArray[np.int64]) -> Tensor:
 
 
 def described(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as it comes back from JSON: tuples are lists, numbers of numpy are Python's."""
-    described: dict[str, Any] = json.loads(json.dumps(config, default=lambda value: value.item()))
+    """A configuration as it comes back from JSON, where tuples are lists."""
+    described: dict[str, Any] = json.loads(json.dumps({name: plain(value) for name, value in config.items()}))
     return described
 
 
@@ -95,6 +95,8 @@ def load_checkpoint(out: Path, config: dict[str, Any]) -> tuple[dict[str, Tensor
     tensors, state = found
     if not ({"step", "config", "threads"} <= state.keys() and isinstance(state["step"], int) and isinstance(state["config"], dict)):
         raise ValueError(f"checkpoint: got {path}, which was not written by a training run; choose another directory")
+    if state["config"].keys() != config.keys():
+        raise ValueError(f"out: got {out}, which holds a run of another trainer or version, supported: a directory of its own")
     if (difference := _difference(config, state["config"])) is not None:
         key, mine, other = difference
         raise ValueError(
