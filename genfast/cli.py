@@ -10,9 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from genfast.failure import Parser, guarded
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+MOST_PICTURES = 10_000  # of one grid
 
 # Heavy imports (torch) happen inside the commands, so that --help is instant.
 
@@ -30,27 +34,41 @@ def _data(arguments: argparse.Namespace) -> None:
 
 
 def _device(arguments: argparse.Namespace) -> str:
+    """The device to run on, once something has been put there."""
     import torch
 
-    return arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name: str = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise ValueError(f"genfast has no kernels for {name}")
+        torch.zeros(1, device=name)
+    except (ValueError, RuntimeError, AssertionError) as error:  # torch without CUDA answers with an AssertionError
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device: got {name!r}, supported on this machine: {', '.join(there)} ({reason})") from error
+    return name
 
 
 def _train_diffusion(arguments: argparse.Namespace) -> None:
     import torch
 
     from genfast import data, schedules
+    from genfast.checks import check, whole
     from genfast.models import UNet, UNetConfig
-    from genfast.train import train_diffusion
+    from genfast.train import diffusion, train_diffusion
 
-    data.fetch(arguments.data)
-    (images, labels), validation = data.hold_out(*data.load(arguments.data), arguments.validation)
-    classes = data.DATASETS[arguments.data].classes
+    check(diffusion.RANGES | {"warmup": whole(0, arguments.steps)}, vars(arguments))  # before a data set is fetched
+    device, classes = _device(arguments), data.dataset(arguments.data).classes
     noise = getattr(schedules, arguments.noise)()
-    torch.manual_seed(arguments.seed)  # of the initial weights; the training draws are counter-based
     config = UNetConfig(channels=tuple(arguments.channels), blocks=tuple(arguments.blocks), attention=tuple(map(bool, arguments.attention)),
                         num_classes=len(classes), time_scale=1000.0 if noise.kind == "flow" else 1.0)  # fmt: skip
+    data.fetch(arguments.data)
+    everything = data.load(arguments.data)
+    check({"--validation": whole(1, len(everything[0]) - 1)}, {"--validation": arguments.validation})
+    (images, labels), validation = data.hold_out(*everything, arguments.validation)
+    torch.manual_seed(arguments.seed)  # of the initial weights; the training draws are counter-based
     last = train_diffusion(
-        UNet(config).to(_device(arguments)), images, labels, validation=validation, about={"data": arguments.data, "classes": classes},
+        UNet(config).to(device), images, labels, validation=validation, about={"data": arguments.data, "classes": classes},
         out=arguments.out, steps=arguments.steps, batch=arguments.batch, seed=arguments.seed, prediction=arguments.prediction, noise=noise,
         min_snr=arguments.min_snr, label_dropout=arguments.label_dropout, lr=arguments.lr, lr_schedule=arguments.lr_schedule,
         warmup=arguments.warmup, ema=arguments.ema, autocast=arguments.autocast, impl=arguments.impl,
@@ -60,24 +78,28 @@ def _train_diffusion(arguments: argparse.Namespace) -> None:
 
 
 def _train_gan(arguments: argparse.Namespace) -> None:
+    import numpy as np
     import torch
 
     from genfast import data
+    from genfast.checks import check
     from genfast.models import generators
-    from genfast.train import Objective, train_gan
+    from genfast.train import Objective, gan, train_gan
 
     given = argparse.Namespace(**{**_GAN_DEFAULTS[arguments.model], **vars(arguments)})
     if len(given.lr) > 2:
         raise ValueError(f"--lr: got {len(given.lr)} numbers, supported: one for both networks, or the generator's and the discriminator's")
-    data.fetch(given.data)
-    images, _ = data.load(given.data)
-    if given.size is not None:
-        images = _padded(images, given.size)
+    given.lr = given.lr[0] if len(given.lr) == 1 else tuple(given.lr)
+    check(gan.RANGES, vars(given))  # before a data set is fetched
+    device = _device(given)
     objective = Objective(
         given.loss, r1=given.r1, r2=given.r2, gradient_penalty=given.gradient_penalty, center=given.center,
         path_length=given.path_length, path_shrink=given.path_shrink, d_every=given.d_every, g_every=given.g_every,
     )  # fmt: skip
-    size = images.shape[-1]
+    data.fetch(given.data)
+    images, _ = data.load(given.data)
+    size = images.shape[-1] if given.size is None else given.size
+    border = _border(images, size)
     shape: dict[str, Any] = {"size": size, "image_channels": 1 if images.ndim == 3 else images.shape[1], "latent": given.latent}
     shape["body"] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[given.precision]
     if given.model == "dcgan":
@@ -85,12 +107,13 @@ def _train_gan(arguments: argparse.Namespace) -> None:
     else:
         shape["channel_base"] = given.channels * size
     family = generators.FAMILIES[given.model]
-    config, device = family.config(**shape), _device(given)
+    config = family.config(**shape)
+    images = np.pad(images, [(0, 0)] * (images.ndim - 2) + [(border, border)] * 2)
     torch.manual_seed(given.seed)  # of the initial weights; the training draws are counter-based
     last = train_gan(
         family.generator(config, given.impl).to(device), family.discriminator(config, given.impl).to(device), images,
         about={"data": given.data}, objective=objective, out=given.out, steps=given.steps, batch=given.batch, seed=given.seed,
-        critic_steps=given.critic_steps, lr=given.lr[0] if len(given.lr) == 1 else tuple(given.lr), betas=tuple(given.betas),
+        critic_steps=given.critic_steps, lr=given.lr, betas=tuple(given.betas),
         ema=given.ema, capture=given.capture, impl=given.impl, checkpoint_every=given.checkpoint_every, sample_every=given.sample_every,
     )  # fmt: skip
     print(json.dumps(last))
@@ -113,24 +136,29 @@ _GAN_DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _padded(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Square images with a border of zeros: (..., H, H) -> (..., size, size)."""
-    import numpy as np
-
-    border = size - images.shape[-1]
+def _border(images: NDArray[np.uint8], size: int) -> int:
+    """How many zeros go around square images (..., H, H) on each side to make them (..., size, size)."""
+    border: int = size - images.shape[-1]
     if border < 0 or border % 2:
         raise ValueError(f"--size: got {size}, supported: {images.shape[-1]} or more by an even number")
-    return np.pad(images, [(0, 0)] * (images.ndim - 2) + [(border // 2, border // 2)] * 2)
+    return border // 2
 
 
 def _sample(arguments: argparse.Namespace) -> None:
+    from genfast.checks import check, finite
+    from genfast.files import write_atomically
     from genfast.samplers import Sampler
     from genfast.train import pictures
 
-    denoiser, about = pictures.load_denoiser(arguments.weights or pictures.SHIPPED, _device(arguments))
+    kind = _picture_format(arguments.out)
+    check({"--guidance-scale": finite()}, {"--guidance-scale": arguments.guidance_scale})
+    device = _device(arguments)
+    denoiser, about = pictures.load_denoiser(arguments.weights or pictures.SHIPPED, device)
     classes = about.get("classes", [])
     labels = range(max(1, len(classes))) if arguments.labels is None else [_label(word, classes) for word in arguments.labels.split(",")]
-    seeds = _numbers(arguments.seeds)
+    seeds = _numbers(arguments.seeds, MOST_PICTURES // len(labels))
+    if "size" not in about:
+        raise ValueError(f"--weights: got {arguments.weights}, which does not say the size of its pictures, supported: a trained network")
     sampler = Sampler(
         arguments.solver,
         steps=arguments.steps,
@@ -140,8 +168,21 @@ def _sample(arguments: argparse.Namespace) -> None:
     )
     x = pictures.draw(denoiser, sampler, labels, seeds, about["size"])
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    pictures.grid(x, len(seeds), [classes[label] for label in labels] if classes else ()).save(arguments.out)
+    picture = pictures.grid(x, len(seeds), [classes[label] for label in labels] if classes else ())
+    write_atomically(arguments.out, pictures.encoded(picture, kind))
     print(arguments.out)
+
+
+def _picture_format(path: Path) -> str:
+    """The format that Pillow writes under this name. Raises ValueError if there is none or a folder has the name."""
+    from PIL import Image
+
+    known = {suffix: kind for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE}
+    if path.suffix.lower() not in known:
+        raise ValueError(f"--out: got {str(path)!r}, supported: the name of a picture, such as samples.png")
+    if path.is_dir():
+        raise ValueError(f"--out: got {str(path)!r}, which is a folder, supported: the name of a picture, such as samples.png")
+    return known[path.suffix.lower()]
 
 
 def _label(word: str, classes: Sequence[str]) -> int:
@@ -153,15 +194,17 @@ def _label(word: str, classes: Sequence[str]) -> int:
     raise ValueError(f"--labels: got {word!r}, supported: {', '.join(f'{i} ({name})' for i, name in enumerate(classes)) or 'none'}")
 
 
-def _numbers(text: str) -> list[int]:
-    """ "0-7" or "3,5,8-9" as a list."""
-    numbers: list[int] = []
+def _numbers(text: str, most: int) -> list[int]:
+    """ "0-7" or "3,5,8-9" as a list of at most ``most`` numbers."""
+    ranges = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not (last.isdecimal() and int(last) >= int(first))):
-            raise ValueError(f"--seeds: got {text!r}, supported: numbers and ranges such as 0-7 or 3,5,8-9")
-        numbers += range(int(first), int(last if dash else first) + 1)
-    return numbers
+        if not first.isdecimal() or (dash and not (last.isdecimal() and int(last) >= int(first))) or int(last or first) >= 2**63:
+            raise ValueError(f"--seeds: got {text!r}, supported: numbers below 2^63 and ranges such as 0-7 or 3,5,8-9")
+        ranges.append(range(int(first), int(last if dash else first) + 1))
+    if (count := sum(numbers.stop - numbers.start for numbers in ranges)) > most:
+        raise ValueError(f"--seeds: got {count} of them, supported: at most {most} with so many labels")
+    return [number for numbers in ranges for number in numbers]
 
 
 def _bench(arguments: argparse.Namespace) -> None:
@@ -177,8 +220,17 @@ def _info(arguments: argparse.Namespace) -> None:
     sys.exit(info.main(arguments.passed_on))
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        import genfast
+
+        print(f"genfast {genfast.__version__}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="genfast", description="Fast generative models in PyTorch.")
+    parser = Parser(prog="genfast", description="Fast generative models in PyTorch.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     data = commands.add_parser("data", help="fetch and list data sets").add_subparsers(required=True, dest="action", metavar="ACTION")
@@ -200,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--validation", type=int, default=1000, help="held-out images")
     add("--channels", type=int, nargs="+", default=[32, 64, 96], help="of each level of the U-Net")
     add("--blocks", type=int, nargs="+", default=[1, 2, 1], help="residual blocks of each level")
-    add("--attention", type=int, nargs="+", default=[0, 0, 1], help="1: self-attention in this level")
+    add("--attention", type=int, nargs="+", choices=[0, 1], default=[0, 0, 1], help="1: self-attention in this level")
     add("--prediction", choices=["epsilon", "v", "x0", "flow"], default="v", help="what the network returns")
     add("--noise", choices=["cosine", "linear", "scaled_linear", "flow"], default="cosine", help="noise process")
     add("--min-snr", type=float, help="gamma of min-SNR weighting (5 is usual); off when not given")
@@ -269,22 +321,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line: 0 on success, 2 with one sentence on stderr for an error a user can mend."""
+    """Run the command line and return its exit status (`failure.guarded`); without ``argv`` it is the process's, which ends with it."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.run not in (_bench, _info):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.passed_on = rest
-    try:
-        arguments.run(arguments)
-    except (ValueError, RuntimeError, OSError, ArithmeticError, ImportError) as error:
-        print(f"genfast: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("genfast: interrupted; the same command continues a training run from its last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+    interrupted = f"interrupted; the same command continues the run in {arguments.out}" if arguments.run in _TRAINING else "interrupted"
+    status = guarded(lambda: arguments.run(arguments), interrupted)
+    if argv is None:
+        sys.exit(status)
+    return status
 
+
+_TRAINING = (_train_diffusion, _train_gan)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

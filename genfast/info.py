@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from genfast import _C, __version__, _library
+from genfast.failure import Parser
 
 ISA_NAMES = ("baseline", "avx2", "avx512")
 
@@ -50,9 +51,11 @@ def facts() -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print versions, what was built, what loaded and why not; ``--brief`` prints one line."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = Parser(prog="genfast info", description="What is installed, what was built, what loaded and why not.")
+    parser.add_argument("--brief", action="store_true", help="one line")
+    brief = parser.parse_args(arguments).brief
     lines = facts()
-    if "--brief" in arguments:
+    if brief:
         print(
             f"genfast {lines['genfast']}: torch {torch.__version__}, CPU kernels {lines['CPU kernels']} ({lines['CPU ISA']}), "
             f"CUDA kernels {lines['CUDA kernels']}"

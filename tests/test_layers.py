@@ -14,15 +14,18 @@ ALLOWED = {
     "reference": set(),
     "schedules": set(),
     "_library": set(),
+    "checks": set(),
+    "failure": set(),
+    "files": set(),
     "ops": {"_library", "reference"},
     "nn": {"ops", "reference"},
-    "models": {"nn", "ops", "reference"},
+    "models": {"checks", "files", "nn", "ops", "reference"},
     "samplers": {"ops", "reference", "schedules"},
     "compat": {"ops", "reference", "samplers", "schedules"},
-    "data": set(),
-    "train": {"data", "models", "nn", "ops", "reference", "samplers", "schedules"},
+    "data": {"checks"},
+    "train": {"checks", "data", "files", "models", "nn", "ops", "reference", "samplers", "schedules"},
     "testing": {"compat", "ops", "reference", "_library"},
-    "info": {"_library", "_C", "__version__"},
+    "info": {"_library", "_C", "__version__", "failure"},
 }
 
 

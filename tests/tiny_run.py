@@ -36,8 +36,10 @@ def run(out: Path, **changes: Any) -> tuple[UNet, dict[str, Any]]:
     torch.manual_seed(0)
     net = UNet(CONFIG)
     images, labels = pictures()
-    options: dict[str, Any] = {"steps": STEPS, "batch": 8, "warmup": 5, "checkpoint_every": 4, "log_every": 5, "validate_every": 20}
-    return net, train_diffusion(net, images, labels, out=out, progress=False, **{**options, "validation": pictures(12), **changes})
+    options: dict[str, Any] = {"steps": STEPS, "batch": 8, "checkpoint_every": 4, "log_every": 5, "validate_every": 20}
+    steps = changes.get("steps", STEPS)
+    options |= {"validation": pictures(12), "warmup": min(5, steps) if isinstance(steps, int) else 5, "progress": False}
+    return net, train_diffusion(net, images, labels, out=out, **{**options, **changes})
 
 
 def assert_same_bits(straight: Path, other: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 import os
 import shutil
 import subprocess
 import tempfile
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from genfast.checks import Rule, check, shown, whole
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.uint8]
@@ -35,23 +39,34 @@ class Dataset:
     classes: tuple[str, ...] = ()
 
 
-def _content_digest(path: Path) -> str:
+def _content(path: Path) -> bytes:
+    """What a gzip file holds. Raises ValueError if it is cut or altered."""
     try:
         with gzip.open(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-    except (gzip.BadGzipFile, EOFError, zlib.error):
+            return file.read()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+
+
+def _content_digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(_content(path)).hexdigest()
+    except ValueError:
         return "unreadable"
 
 
-def _idx(path: Path, header: int) -> NDArray[np.uint8]:
-    with gzip.open(path) as file:
-        return np.frombuffer(file.read(), np.uint8, offset=header).copy()
+def _idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
+    """The array in an IDX file: 0, 0, 8 for uint8, the number of dimensions, big-endian sizes, values."""
+    content = _content(path)
+    sizes = [int.from_bytes(content[i : i + 4], "big") for i in range(4, 4 + 4 * dimensions, 4)]
+    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != 4 + 4 * dimensions + math.prod(sizes):
+        raise ValueError(f"{path} is damaged (it is not {dimensions}-dimensional data of the length that it states)")
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(sizes).copy()
 
 
 def _read_fashion(folder: Path, split: str) -> tuple[Images, Labels]:
     prefix = {"train": "train", "test": "t10k"}[split]
-    images = _idx(folder / f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
-    return images, _idx(folder / f"{prefix}-labels-idx1-ubyte.gz", 8)
+    return _idx(folder / f"{prefix}-images-idx3-ubyte.gz", 3), _idx(folder / f"{prefix}-labels-idx1-ubyte.gz", 1)
 
 
 DATASETS: dict[str, Dataset] = {
@@ -83,28 +98,31 @@ def fetch(name: str, source: str | Path | None = None) -> Path:
 
     ``source`` is a folder that holds the files (at any depth) or the Debian package's .deb file; None downloads the package with
     ``apt-get download``, which needs no root. The SHA-256 of every file's content is checked before the folder appears under its name.
+    Where the data set is there already, ``source`` is not read, and a warning says so.
     Raises ValueError for an unknown name, a missing or altered file, and RuntimeError if a tool is missing or a download fails.
     """
-    dataset = _dataset(name)
+    entry = dataset(name)
     target = directory() / name
+    if source is not None and not Path(source).exists():
+        raise ValueError(f"--from: got {source}, which does not exist, supported: a folder or a .deb file")
     if target.exists():
+        if source is not None:
+            warnings.warn(f"--from: {source} was not read, because {name} is in {target}; delete that to fetch it again", stacklevel=2)
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch:
         work = Path(scratch)
         if source is None:
-            folder = _unpack(_download(dataset, work), work)
+            folder = _unpack(_download(entry, work), work)
         else:
             source = Path(source)
-            if not source.exists():
-                raise ValueError(f"--from: got {source}, which does not exist, supported: a folder or a .deb file")
             folder = source if source.is_dir() else _unpack(source, work)
         ready = work / "ready"
         ready.mkdir()
-        for file, digest in dataset.files.items():
+        for file, digest in entry.files.items():
             found = next(iter(sorted(folder.rglob(file))), None)
             if found is None:
-                raise ValueError(f"{name}: {file} is missing in {source or dataset.package}, supported: all of {', '.join(dataset.files)}")
+                raise ValueError(f"{name}: {file} is missing in {source or entry.package}, supported: all of {', '.join(entry.files)}")
             got = _content_digest(found)
             if got != digest:
                 raise ValueError(f"{name}: {file} has content of SHA-256 {got}, supported: {digest}")
@@ -120,27 +138,36 @@ def fetch(name: str, source: str | Path | None = None) -> Path:
 def load(name: str, split: str = "train") -> tuple[Images, Labels]:
     """Images (N, H, W) or (N, C, H, W) uint8 and labels (N,) uint8 of the "train" or "test" split of a fetched data set.
 
-    Raises ValueError for an unknown name or split, FileNotFoundError if the set was not fetched.
+    Raises ValueError for an unknown name or split, or for a file that was damaged since, FileNotFoundError if the set was not fetched.
     """
-    dataset = _dataset(name)
+    entry = dataset(name)
     if split not in ("train", "test"):
         raise ValueError(f"split: got {split!r}, supported: 'train', 'test'")
     folder = directory() / name
     if not folder.exists():
         raise FileNotFoundError(f"{name}: not found in {directory()}; fetch it with: genfast data fetch {name}")
-    return dataset.read(folder, split)
+    try:
+        images, labels = entry.read(folder, split)
+        if len(images) != len(labels):
+            raise ValueError(f"{folder} is damaged ({len(images)} images, {len(labels)} labels)")
+    except (ValueError, FileNotFoundError) as error:
+        reason = f"{error.filename} is missing" if isinstance(error, FileNotFoundError) else str(error)
+        raise ValueError(f"{name}: {reason}; delete {folder} and fetch it again with: genfast data fetch {name}") from error
+    return images, labels
 
 
 def hold_out(images: Images, labels: Labels, count: int) -> tuple[tuple[Images, Labels], tuple[Images, Labels]]:
     """Split off the last ``count`` images: ((images, labels) to train on, (images, labels) held out)."""
-    if not 0 < count < len(images):
-        raise ValueError(f"count: got {count}, supported: from 1 to {len(images) - 1}")
+    if len(labels) != len(images):
+        raise ValueError(f"labels: got {len(labels)} of them, supported: {len(images)}, one for each image")
+    check({"count": Rule(f"from 1 to {len(images) - 1}", whole(1, len(images) - 1).accepts)}, {"count": count})
     return (images[:-count], labels[:-count]), (images[-count:], labels[-count:])
 
 
-def _dataset(name: str) -> Dataset:
-    if name not in DATASETS:
-        raise ValueError(f"name: got {name!r}, supported: {', '.join(map(repr, DATASETS))}")
+def dataset(name: str) -> Dataset:
+    """The entry of `DATASETS`. Raises ValueError for an unknown name."""
+    if not isinstance(name, str) or name not in DATASETS:
+        raise ValueError(f"name: got {shown(name)}, supported: {', '.join(map(repr, DATASETS))}")
     return DATASETS[name]
 
 

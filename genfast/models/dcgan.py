@@ -9,10 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genfast.checks import choice, flag, settle, whole
 from genfast.models.pyramid import DTYPES
 from genfast.nn.conv import ConvBlock
 from genfast.nn.impl import check_impl
 from genfast.nn.plain import call
+
+RANGES = {
+    "size": whole(1, 1024),
+    "image_channels": whole(1),
+    "latent": whole(1),
+    "channels": whole(1),
+    "discriminator_norm": flag(),
+    "body": choice(*DTYPES),
+}
 
 
 @dataclass(frozen=True)
@@ -27,10 +37,9 @@ class DCGANConfig:
     body: str = "float32"  # dtype of convolutions and feature maps; "float32" stands for the parameters' own
 
     def __post_init__(self) -> None:
+        settle(self, RANGES)
         if self.size < 8 or self.base not in (4, 5, 6, 7):
             raise ValueError(f"size: got {self.size}, supported: 4, 5, 6 or 7 times a power of 2, at least 8")
-        if self.body not in DTYPES:
-            raise ValueError(f"body: got {self.body!r}, supported: {', '.join(map(repr, DTYPES))}")
 
     @property
     def base(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from genfast.models import dcgan, r3gan, store, stylegan2
+from genfast.nn.impl import check_impl
 
 
 class Family(NamedTuple):
@@ -30,7 +31,9 @@ FAMILIES = {
 
 def save(generator: nn.Module, path: str | Path, state: dict[str, Tensor] | None = None, **about: Any) -> None:
     """Write a generator's weights and configuration as `genfast.models.save` does a U-Net's."""
-    family = next(name for name, family in FAMILIES.items() if isinstance(generator, family.generator))
+    family = next((name for name, family in FAMILIES.items() if isinstance(generator, family.generator)), None)
+    if family is None:
+        raise ValueError(f"generator: got a {type(generator).__name__}, supported: the generators of {', '.join(FAMILIES)}")
     config: Any = generator.config
     store.write(path, state or generator.state_dict(), family, asdict(config), about)
 
@@ -39,6 +42,5 @@ def load(path: str | Path, impl: str = "fused") -> tuple[nn.Module, dict[str, An
     """Rebuild a generator that `save` wrote, on the CPU in eval mode: (generator, about). Raises as `genfast.models.load` does."""
     name, tensors, config, about = store.read(path, FAMILIES, "a generator")
     family = FAMILIES[name]
-    generator = family.generator(family.config(**config), impl)
-    generator.load_state_dict(tensors)
-    return generator.eval(), about
+    check_impl(impl)
+    return store.rebuild(path, lambda: family.generator(family.config(**config), impl), tensors), about

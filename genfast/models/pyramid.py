@@ -6,7 +6,19 @@ from dataclasses import dataclass
 
 import torch
 
+from genfast.checks import choice, settle, whole
+
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+RANGES = {
+    "size": whole(1),
+    "image_channels": whole(1),
+    "latent": whole(1),
+    "channel_base": whole(1),
+    "channel_max": whole(1),
+    "body": choice(*DTYPES),
+    "body_sides": whole(1),
+}
 
 
 @dataclass(frozen=True)
@@ -26,15 +38,11 @@ class Pyramid:
     body_sides: int = 4
 
     def __post_init__(self) -> None:
+        settle(self, RANGES)
         if not 8 <= self.size <= 1024 or self.size & (self.size - 1):
             raise ValueError(f"size: got {self.size}, supported: a power of 2 from 8 to 1024")
-        if self.body not in DTYPES:
-            raise ValueError(f"body: got {self.body!r}, supported: {', '.join(map(repr, DTYPES))}")
         if self.channel_base < self.size:
             raise ValueError(f"channel_base: got {self.channel_base}, supported: size, {self.size}, or more")
-        for name in ("image_channels", "latent", "channel_max"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, supported: an integer of at least 1")
 
     @property
     def sides(self) -> tuple[int, ...]:

@@ -12,11 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfast import ops
+from genfast.checks import settle, whole
+from genfast.models import pyramid
 from genfast.models.pyramid import Pyramid
 from genfast.nn.impl import NAMESPACES, check_impl
 
 TAPS = (1.0, 2.0, 1.0)  # of bilinear resampling
 LRELU_GAIN = math.sqrt(2 / (1 + 0.2**2))  # keeps the second moment through a leaky ReLU (He et al. 2015, equation 15)
+
+RANGES = pyramid.RANGES | {"blocks": whole(1), "expansion": whole(1), "group_channels": whole(1)}
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,7 @@ class R3GANConfig(Pyramid):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("blocks", "expansion", "group_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, supported: an integer of at least 1")
+        settle(self, RANGES)
         for side in self.sides:
             if self.channels(side) * self.expansion % self.group_channels:
                 raise ValueError(

@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
-from torch import Tensor
+from torch import Tensor, nn
+
+from genfast.checks import shown
+from genfast.files import pack, unpack, write_atomically
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], family: str, config: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Write ``tensors`` in float32 (integers as they are); an old file is replaced only once the new one is whole."""
     content = {name: (t.detach().float() if t.is_floating_point() else t.detach()).contiguous().cpu() for name, t in tensors.items()}
-    words = {"genfast": json.dumps({"family": family, "config": config, "about": about})}  # one key: safetensors shuffles several
-    temporary = Path(f"{path}.tmp")
-    temporary.write_bytes(serialize(content, words))
-    temporary.replace(path)
+    write_atomically(Path(path), pack(content, "genfast", {"family": family, "config": config, "about": about}))
 
 
 def read(path: str | Path, families: Collection[str], what: str) -> tuple[str, dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """What `write` wrote: (family, tensors on the CPU, config with its lists as tuples, about).
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is not one of ``families``, called ``what``.
+    Raises FileNotFoundError if there is no such file, ValueError if it is damaged or not one of ``families``, called ``what``.
+    """
+    tensors, words = unpack(Path(path), "genfast")
+    if not isinstance(words, dict) or words.get("family") not in families:
+        holds = f" ({shown(words['family'])})" if isinstance(words, dict) and "family" in words else ""
+        raise ValueError(f"path: got {path}, which is not {what} saved by genfast{holds}")
+    config, about = words.get("config"), words.get("about")
+    if not isinstance(config, dict) or not isinstance(about, dict):
+        raise ValueError(f"path: got {path}, which has no description of its network, supported: what genfast saved")
+    config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    return words["family"], tensors, config, about
+
+
+def rebuild(path: str | Path, make: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The network that ``make`` builds from a file's configuration, with the file's weights, in eval mode.
+
+    Raises ValueError if this version cannot build it, or the weights are not this network's.
     """
     try:
-        with safe_open(path, "pt") as file:
-            words = json.loads((file.metadata() or {}).get("genfast", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"path: got {path}, which is not a safetensors file ({error})") from None
-    if words.get("family") not in families:
-        raise ValueError(f"path: got {path}, which is not {what} saved by genfast")
-    config = {key: tuple(value) if isinstance(value, list) else value for key, value in words["config"].items()}
-    return words["family"], tensors, config, words["about"]
+        network = make()
+        network.load_state_dict(tensors)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"path: got {path}, whose network this version of genfast cannot rebuild ({reason})") from error
+    return network.eval()

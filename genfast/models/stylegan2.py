@@ -7,12 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from genfast.checks import between, settle, whole
+from genfast.models import pyramid
 from genfast.models.pyramid import Pyramid
 from genfast.nn.impl import NAMESPACES, check_impl
 from genfast.nn.style import EqualizedConv2d, EqualizedLinear, ModulatedConv2d, ResidualDown
 
 MODEL_NOISE = 3  # stream of docs/noise.md
 USES = 4  # draws d, d + 4, d + 8, ... of one use: latents, the latents mixed in, where they begin, then the layers' noise
+
+RANGES = pyramid.RANGES | {"mapping_layers": whole(1), "mixing": between(0, 1), "stddev_group": whole(1)}
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,7 @@ class StyleGAN2Config(Pyramid):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("mapping_layers", "stddev_group"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, supported: an integer of at least 1")
-        if not 0 <= self.mixing <= 1:
-            raise ValueError(f"mixing: got {self.mixing}, supported: a number from 0 to 1")
+        settle(self, RANGES)
 
     @property
     def styles(self) -> int:

@@ -9,9 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genfast.checks import above, each, flag, settle, whole
 from genfast.models import store
 from genfast.nn import AttentionBlock, Downsample, ResBlock, TimeEmbedding, Upsample
 from genfast.nn.layers import group_norm, zero_
+
+CONFIG_RANGES = {
+    "image_channels": whole(1),
+    "channels": each(whole(4)),  # a group of the norms has at least 4
+    "blocks": each(whole(0)),
+    "attention": each(flag()),
+    "head_dim": whole(1),
+    "num_classes": whole(0),
+    "time_scale": above(0),
+}
 
 
 @dataclass(frozen=True)
@@ -27,11 +38,15 @@ class UNetConfig:
     time_scale: float = 1.0  # multiplies the time before its embedding: 1 for indices of 0 to 999, 1000 for flow times in [0, 1]
 
     def __post_init__(self) -> None:
+        settle(self, CONFIG_RANGES)
         if not len(self.channels) == len(self.blocks) == len(self.attention) >= 1:
             raise ValueError(
                 f"channels, blocks, attention: got {len(self.channels)}, {len(self.blocks)} and {len(self.attention)} levels, "
                 "supported: the same number, at least 1"
             )
+        for channels, attends in zip(self.channels, self.attention, strict=True):
+            if attends and channels % max(1, channels // self.head_dim):
+                raise ValueError(f"head_dim: got {self.head_dim}, supported: one that splits the {channels} channels into equal heads")
 
 
 class UNet(nn.Module):
@@ -122,9 +137,9 @@ def save(net: UNet, path: str | Path, state: dict[str, Tensor] | None = None, **
 def load(path: str | Path) -> tuple[UNet, dict[str, Any]]:
     """Rebuild a network that `save` wrote, on the CPU in eval mode: (network, about).
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is not one of ours.
+    Raises FileNotFoundError if there is no such file, ValueError if it is not one of ours or is damaged.
     """
     _, tensors, config, about = store.read(path, ["unet"], "a U-Net")
-    net = UNet(UNetConfig(**config))
-    net.load_state_dict(tensors)
-    return net.eval(), about
+    net = store.rebuild(path, lambda: UNet(UNetConfig(**config)), tensors)
+    assert isinstance(net, UNet)
+    return net, about

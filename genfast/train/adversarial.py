@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from genfast.checks import Rule, at_least, check, choice, decay, each, either, flag, instance, plain, settle, share, shown, whole
+from genfast.train.checkpoint import check_fits
+
 Logits = Callable[[Tensor, Tensor], Tensor]
 
 # (discriminator's, generator's) loss of each sample from the logits of real and of fake samples, both (B,).
@@ -31,6 +34,20 @@ _PAIRED = ("relativistic",)  # the generator's loss reads the real samples too
 DISCRIMINATOR, PENALTY, GENERATOR, PATH, AVERAGE = "discriminator", "penalty", "generator", "path_length", "average"
 # Number of the draw, in the discriminator's phase, the generator's and for the path length, of whatever one seed is drawn from.
 D_DRAW, G_DRAW, PATH_DRAW = 0, 1, 2
+_ADAM = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of a parameter
+
+OBJECTIVE_RANGES = {
+    "loss": choice(*LOSSES),
+    "r1": at_least(0),
+    "r2": at_least(0),
+    "gradient_penalty": at_least(0),
+    "center": at_least(0),
+    "path_length": at_least(0),
+    "path_decay": Rule("a number above 0 and at most 1", lambda value: share().accepts(value) and value > 0),
+    "path_shrink": whole(1),
+    "d_every": whole(1),
+    "g_every": whole(1),
+}
 
 
 @dataclass(frozen=True)
@@ -59,17 +76,7 @@ class Objective:
     g_every: int = 1
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss: got {self.loss!r}, supported: {', '.join(map(repr, LOSSES))}")
-        for name in ("r1", "r2", "gradient_penalty", "center", "path_length"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}: got {value}, supported: a finite number of at least 0")
-        if not 0 < self.path_decay <= 1:
-            raise ValueError(f"path_decay: got {self.path_decay}, supported: a number above 0 and at most 1")
-        for name in ("path_shrink", "d_every", "g_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, supported: an integer of at least 1")
+        settle(self, OBJECTIVE_RANGES)
 
     @property
     def penalises(self) -> bool:
@@ -114,6 +121,18 @@ def path_lengths(images: Tensor, w: Tensor, noise: Tensor) -> Tensor:
     return g.square().sum(-1).flatten(1).mean(1).sqrt() if g.ndim > 2 else torch.linalg.vector_norm(g, dim=-1)
 
 
+STEP_RANGES = {
+    "shape": each(whole(1)),
+    "latent": whole(1),
+    "objective": instance(Objective),
+    "lr": either(at_least(0), each(at_least(0), 2)),
+    "betas": each(decay(), 2),
+    "eps": at_least(0),
+    "capture": flag(),
+    "compile": flag(),
+}
+
+
 class AdversarialStep:
     """The phases of adversarial training, each on fixed buffers, so that on CUDA each can be one captured graph.
 
@@ -149,7 +168,9 @@ class AdversarialStep:
         capture: bool = False,
         compile: bool = False,
     ) -> None:
-        like, other = next(generator.parameters()), next(discriminator.parameters())
+        check(STEP_RANGES, locals())
+        shape, latent, lr, betas = plain((shape, latent, lr, betas))
+        like, other = _parameter("generator", generator), _parameter("discriminator", discriminator)
         if like.device != other.device:
             raise ValueError(f"discriminator: got one on {other.device}, supported: {like.device}, where the generator is")
         if capture and like.device.type != "cuda":
@@ -209,18 +230,29 @@ class AdversarialStep:
         self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
 
     def load(self, **inputs: Tensor) -> None:
-        """Copy into ``inputs``. Raises ValueError for an unknown name or another shape."""
+        """Copy into ``inputs``. Raises ValueError for an unknown name, another shape, or fractions where integers are wanted."""
         for name, value in inputs.items():
             if name not in self.inputs:
                 raise ValueError(f"inputs: got {name!r}, supported: {', '.join(map(repr, self.inputs))}")
             if value.shape != self.inputs[name].shape:
                 raise ValueError(f"{name}: got shape {tuple(value.shape)}, supported: {tuple(self.inputs[name].shape)}")
+            if value.is_floating_point() != self.inputs[name].is_floating_point():
+                raise ValueError(f"{name}: got {value.dtype}, supported: {self.inputs[name].dtype}")
         for name, value in inputs.items():
             self.inputs[name].copy_(value)
 
     @torch.compiler.disable(reason="torch.compile: got a phase of AdversarialStep, supported: AdversarialStep(compile=True)")  # type: ignore[untyped-decorator]
     def run(self, phases: Iterable[str]) -> None:
-        """Run phases, by name, in order: those of `Objective.discriminator_phases` or `Objective.generator_phases`."""
+        """Run phases, by name, in order: those of `Objective.discriminator_phases` or `Objective.generator_phases`.
+
+        Raises ValueError for an unknown phase, or one of a term that the objective does not have.
+        """
+        phases = (phases,) if isinstance(phases, str) else tuple(phases)
+        lacking = {*(() if self.objective.penalises else (PENALTY,)), *(() if self.objective.path_length else (PATH,))}
+        for name in phases:
+            if name not in self._phases or name in lacking:
+                known = ", ".join(repr(phase) for phase in self._phases if phase not in lacking)
+                raise ValueError(f"phases: got {shown(name)}, supported by this objective: {known}")
         for name in phases:
             if self.capture:
                 self._captured(name)
@@ -248,12 +280,13 @@ class AdversarialStep:
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up what `state` gave, in place."""
+        """Take up what `state` gave, in place. Raises ValueError, and changes nothing, unless it is of such networks."""
         mine = self.state()
+        check_fits(tensors, {name: t.shape for name, t in mine.items() if not name.startswith("adam/")} | self._saved_by_adam(tensors))
         for name, optimizer in self.optimizers.items():
             for key, parameter in self.networks[name].named_parameters():
                 prefix = f"adam/{name}/{key}/"
-                saved = {word: tensors[prefix + word] for word in ("step", "exp_avg", "exp_avg_sq") if prefix + word in tensors}
+                saved = {word: tensors[prefix + word] for word in _ADAM if prefix + word in tensors}
                 optimizer.state[parameter] = {
                     word: torch.empty_like(t if word == "step" else parameter, device=parameter.device).copy_(t)
                     for word, t in saved.items()
@@ -263,6 +296,15 @@ class AdversarialStep:
                 tensor.copy_(tensors[name])
         self._warm.clear()  # what was recorded writes into Adam's old state
         self._graphs.clear()
+
+    def _saved_by_adam(self, tensors: Mapping[str, Tensor]) -> dict[str, Sequence[int]]:
+        """The shapes of what Adam saved of each parameter: a step and two moments, or nothing before the first step."""
+        shapes: dict[str, Sequence[int]] = {}
+        for name, network in self.networks.items():
+            for key, parameter in network.named_parameters():
+                if any(f"adam/{name}/{key}/{word}" in tensors for word in _ADAM):
+                    shapes |= {f"adam/{name}/{key}/{word}": () if word == "step" else parameter.shape for word in _ADAM}
+        return shapes
 
     # ---- phases ----------------------------------------------------------------------------------------------------------------
 
@@ -394,6 +436,13 @@ class AdversarialStep:
                 self._phases[name]()
             self._graphs[name] = graph
         self._graphs[name].replay()
+
+
+def _parameter(name: str, network: nn.Module) -> Tensor:
+    """The first parameter of a network, which stands for all of them."""
+    if not isinstance(network, nn.Module) or (parameter := next(network.parameters(), None)) is None:
+        raise ValueError(f"{name}: got {shown(type(network).__name__)}, supported: a torch module with parameters")
+    return parameter
 
 
 def _compiled(

@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content``: after a kill at any moment the file holds the old bytes or the new ones, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the rename itself
-    finally:
-        os.close(directory)
+from genfast.files import pack, unpack, write_atomically
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write ``tensors`` and the JSON-able ``state`` to ``path``; the checkpoint that stood there becomes ``path`` + ".previous"."""
-    content = save({name: t.detach().contiguous() for name, t in tensors.items()}, {"state": json.dumps(state)})
-    if path.exists():
-        os.replace(path, _previous(path))
-    write_atomically(path, content)
+    write_atomically(path, pack(tensors, "state", state), _previous(path))
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -42,20 +22,26 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
 
     Raises ValueError if files are there and none can be read.
     """
-    problem: Exception | None = None
-    for candidate in (path, _previous(path)):
-        if not candidate.exists():
-            continue
+    candidates = [candidate for candidate in (path, _previous(path)) if candidate.exists()]
+    for candidate in candidates:
         try:
-            with safe_open(candidate, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return tensors, json.loads(file.metadata()["state"])
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            problem = error
-            warnings.warn(f"checkpoint: {candidate} cannot be read ({error}); trying the one before it", stacklevel=2)
-    if problem is not None:
-        raise ValueError(f"checkpoint: got {path}, which cannot be read ({problem}); delete it to start again, or choose another directory")
+            tensors, state = unpack(candidate, "state", "checkpoint")
+            if not isinstance(state, dict):
+                raise ValueError(f"checkpoint: got {candidate}, which was not written by a training run")
+            return tensors, state
+        except ValueError as error:
+            if candidate is candidates[-1]:
+                raise ValueError(f"{error}; delete it to start again, or choose another directory") from None
+            warnings.warn(f"{error}; trying the one before it", stacklevel=2)
     return None
+
+
+def check_fits(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raises ValueError unless a checkpoint's ``tensors`` hold all of the names of ``shapes``, in these shapes."""
+    for name, shape in shapes.items():
+        if name not in tensors or tensors[name].shape != tuple(shape):
+            got = f"shape {tuple(tensors[name].shape)}" if name in tensors else "none"
+            raise ValueError(f"checkpoint: got {got} for {name}, supported by this run: shape {tuple(shape)}")
 
 
 def _previous(path: Path) -> Path:

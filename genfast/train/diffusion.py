@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,13 +18,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from genfast import schedules
+from genfast.checks import above, above_or_infinite, at_least, check, choice, decay, each, flag, optional, plain, share, shown, whole
+from genfast.data.arrays import check_images, check_labels, label_tensor, picture_tensor
+from genfast.files import write_atomically
 from genfast.models.unet import UNet, save
 from genfast.schedules import NoiseSchedule
 from genfast.train import ema as averages
-from genfast.train.checkpoint import write_atomically
-from genfast.train.pictures import Prediction, sample_grid
+from genfast.train.checkpoint import check_fits
+from genfast.train.lock import hold
+from genfast.train.pictures import Prediction, encoded, sample_grid
 from genfast.train.run import (
     LABELS,
+    MOST,
     MOST_SEED,
     NOISE,
     TIMES,
@@ -33,18 +37,45 @@ from genfast.train.run import (
     DataOrder,
     Images,
     append,
-    check_number,
-    cut_log,
+    check_words,
+    described,
     digest,
     epoch_order,
     load_checkpoint,
     plot_log,
+    read_log,
     sample_seeds,
     save_checkpoint,
-    to_model,
+    write_start,
 )
 
 Labels = NDArray[np.integer[Any]]
+
+# What each argument of `train_diffusion` may be, besides the objects it is given.
+RANGES = {
+    "steps": whole(1, MOST),
+    "batch": whole(1, MOST),
+    "seed": whole(0, MOST_SEED),
+    "prediction": choice("epsilon", "v", "x0", "flow"),
+    "min_snr": optional(above(0)),
+    "label_dropout": share(),
+    "lr": above(0),
+    "lr_schedule": choice("cosine", "constant"),
+    "warmup": whole(0, MOST),
+    "betas": each(decay(), 2),
+    "weight_decay": at_least(0),
+    "clip_grad": above_or_infinite(0),
+    "ema": averages.WIDTH,
+    "autocast": optional(choice("bfloat16")),
+    "log_every": whole(1, MOST),
+    "validate_every": whole(1, MOST),
+    "checkpoint_every": whole(1, MOST),
+    "sample_every": whole(0, MOST),
+    "impl": choice("fused", "reference"),
+    "progress": flag(),
+}
+# What training says of the weights that it saves.
+SAVED_WORDS = ("prediction", "noise", "noise_steps", "shift", "size")
 
 
 # fmt: off
@@ -94,93 +125,93 @@ def train_diffusion(
     Raises ValueError for bad arguments or if ``out`` holds a run with another configuration, and FloatingPointError if the loss
     or a gradient is not finite.
     """
+    check(RANGES, locals())
+    steps, batch, seed, warmup, lr, betas, ema, clip_grad = plain((steps, batch, seed, warmup, lr, betas, ema, clip_grad))
     noise = noise or (schedules.flow() if prediction == "flow" else schedules.cosine(1000))
     _check(net, images, labels, validation, noise, prediction)
-    _check_numbers(steps, batch, seed, label_dropout, warmup, (log_every, validate_every, checkpoint_every))
-    gamma = averages.power_gamma(ema)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    check({"steps * batch": whole(1, VALIDATION), "warmup": whole(0, steps)}, {"steps * batch": steps * batch, "warmup": warmup})
+    check_words(about, SAVED_WORDS)
     device = next(net.parameters()).device
     # What decides the bits of the weights; how often something is written does not.
-    config: dict[str, Any] = {
+    config = described({
         "network": asdict(net.config), "data": digest(images, labels), "steps": steps, "batch": batch, "seed": seed,
         "prediction": prediction, "noise": [noise.name, noise.shift, digest(noise.alphas_cumprod)], "min_snr": min_snr,
         "label_dropout": label_dropout, "lr": lr, "lr_schedule": lr_schedule, "warmup": warmup, "betas": betas,
         "weight_decay": weight_decay, "clip_grad": clip_grad, "ema": ema, "autocast": autocast, "device": device.type,
-    }  # fmt: skip
-    config = json.loads(json.dumps(config))
+    })  # fmt: skip
 
     net.train()
     parameters = dict(net.named_parameters())
     average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=lr, betas=betas, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=lr, betas=(float(betas[0]), float(betas[1])), weight_decay=float(weight_decay))
     rng = import_module("genfast.reference.noise" if impl == "reference" else "genfast.ops.noise")
-
-    done = 0
-    found = load_checkpoint(out, config)
-    if found is not None:
-        tensors, done = found
-        _restore(tensors, parameters, average, optimizer)
-    write_atomically(out / "config.json", json.dumps(config, indent=1).encode())
-    rows = cut_log(out / "log.jsonl", done)
-
     x_all = images[:, None] if images.ndim == 3 else images
-    order = DataOrder(rng, seed, len(images))
-    started, started_at = time.perf_counter(), done
-    losses: list[float] = []
-    bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=not progress, mininterval=1.0, dynamic_ncols=True)
-    for step in bar:
-        # The batch: global sample numbers, and everything random about them.
-        numbers = np.arange(step * batch, (step + 1) * batch)
-        chosen, seeds = order(numbers), sample_seeds(seed, numbers)
-        x0 = to_model(x_all[chosen], device)
-        y = None
-        if labels is not None:
-            dropped = rng.uniform(seeds, (batch, 1), stream=LABELS)[:, 0] < label_dropout
-            y = torch.from_numpy(labels[chosen].astype(np.int64)).masked_fill(dropped, net.null_label).to(device)
-        t = noise.training_time(rng.uniform(seeds, (batch, 1), stream=TIMES)[:, 0].double().numpy())
-        n = rng.normal(seeds, tuple(x0.shape), stream=NOISE, device=device)
+    order, gamma = DataOrder(rng, seed, len(images)), averages.power_gamma(ema)
 
-        # One step of AdamW.
-        for group in optimizer.param_groups:
-            group["lr"] = lr * _lr_factor(step, steps, warmup, lr_schedule)
-        optimizer.zero_grad()
-        loss = diffusion_loss(net, x0, t, n, y, noise=noise, prediction=prediction, min_snr=min_snr, autocast=autocast).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), clip_grad)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]) or not math.isfinite(norm.item()):
-            raise FloatingPointError(
-                f"step {step}: the loss is {losses[-1]} and the norm of the gradient {norm.item()}, both must be finite; "
-                f"{out} keeps the last good state; try a smaller lr (now {lr}) or autocast=None in another directory"
-            )
-        optimizer.step()
-        averages.update(average.values(), parameters.values(), step + 1, gamma)
+    with hold(out) as out:
+        done = 0
+        found = load_checkpoint(out, config)
+        if found is not None:
+            tensors, done = found
+            _restore(tensors, parameters, average, optimizer)
+        rows = read_log(out / "log.jsonl", done)
+        write_start(out, config, rows)
 
-        # What is written.
-        done = step + 1
-        last = done == steps
-        if done % log_every == 0 or last:
-            mean, rate = sum(losses) / len(losses), (done - started_at) * batch / (time.perf_counter() - started)
-            row = {"step": done, "loss": mean, "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
-            append(out / "log.jsonl", rows, row | {"images_per_second": round(rate, 1)})
-            bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-            losses.clear()
-        if validation is not None and (done % validate_every == 0 or last):
-            with _weights(net, average):
-                value = validation_loss(net, *validation, rng=rng, seed=seed, noise=noise, prediction=prediction)
-            append(out / "log.jsonl", rows, {"step": done, "validation_loss": value})
-            plot_log(rows, out / "loss.png", {"loss": "-", "validation_loss": "o-"}, "mean squared error", "log")
-        if sample_every and (done % sample_every == 0 or last):
-            with _weights(net, average):
-                sample_grid(net, noise, prediction, images.shape[-2:]).save(out / f"samples-{done:06d}.png")
-        if done % checkpoint_every == 0 or last:
-            save_checkpoint(out, done, config, _tensors(parameters, average, optimizer))
+        started, started_at = time.perf_counter(), done
+        losses: list[float] = []
+        bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=not progress, mininterval=1.0, dynamic_ncols=True)
+        for step in bar:
+            # The batch: global sample numbers, and everything random about them.
+            numbers = np.arange(step * batch, (step + 1) * batch)
+            chosen, seeds = order(numbers), sample_seeds(seed, numbers)
+            x0 = picture_tensor(x_all[chosen], device)
+            y = None
+            if labels is not None:
+                dropped = rng.uniform(seeds, (batch, 1), stream=LABELS)[:, 0] < label_dropout
+                y = label_tensor(labels[chosen]).masked_fill(dropped, net.null_label).to(device)
+            t = noise.training_time(rng.uniform(seeds, (batch, 1), stream=TIMES)[:, 0].double().numpy())
+            n = rng.normal(seeds, tuple(x0.shape), stream=NOISE, device=device)
 
-    words = {"prediction": prediction, "noise": noise.name, "noise_steps": noise.steps, "shift": noise.shift, "size": images.shape[-2:]}
-    save(net, out / "ema.safetensors", average, **words, **(about or {}))
-    net.load_state_dict(average)
-    return rows[-1] if rows else {}
+            # One step of AdamW.
+            for group in optimizer.param_groups:
+                group["lr"] = lr * _lr_factor(step, steps, warmup, lr_schedule)
+            optimizer.zero_grad()
+            loss = diffusion_loss(net, x0, t, n, y, noise=noise, prediction=prediction, min_snr=min_snr, autocast=autocast).mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), clip_grad)
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]) or not math.isfinite(norm.item()):
+                raise FloatingPointError(
+                    f"step {step}: the loss is {losses[-1]} and the norm of the gradient {norm.item()}, both must be finite; "
+                    f"{out} keeps the last good state; try a smaller lr (now {lr}) or autocast=None in another directory"
+                )
+            optimizer.step()
+            averages.update(average.values(), parameters.values(), step + 1, gamma)
+
+            # What is written.
+            done = step + 1
+            last = done == steps
+            if done % log_every == 0 or last:
+                mean, rate = sum(losses) / len(losses), (done - started_at) * batch / (time.perf_counter() - started)
+                row = {"step": done, "loss": mean, "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
+                append(out / "log.jsonl", rows, row | {"images_per_second": round(rate, 1)})
+                bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+                losses.clear()
+            if validation is not None and (done % validate_every == 0 or last):
+                with _weights(net, average):
+                    value = validation_loss(net, *validation, rng=rng, seed=seed, noise=noise, prediction=prediction)
+                append(out / "log.jsonl", rows, {"step": done, "validation_loss": value})
+                plot_log(rows, out / "loss.png", {"loss": "-", "validation_loss": "o-"}, "mean squared error", "log")
+            if sample_every and (done % sample_every == 0 or last):
+                with _weights(net, average):
+                    write_atomically(out / f"samples-{done:06d}.png", encoded(sample_grid(net, noise, prediction, images.shape[-2:])))
+            if done % checkpoint_every == 0 or last:
+                save_checkpoint(out, done, config, _tensors(parameters, average, optimizer))
+
+        words = {"prediction": prediction, "noise": noise.name, "noise_steps": noise.steps, "shift": noise.shift, "size": images.shape[-2:]}
+        save(net, out / "ema.safetensors", average, **words, **(about or {}))
+        net.load_state_dict(average)
+        return rows[-1] if rows else {}
 
 
 def diffusion_loss(
@@ -236,50 +267,31 @@ def validation_loss(
     for start in range(0, len(images), batch):
         part = slice(start, min(start + batch, len(images)))
         seeds = torch.arange(part.start, part.stop) + seed * 2**40 + VALIDATION
-        x0 = to_model(x_all[part], device)
+        x0 = picture_tensor(x_all[part], device)
         n = rng.normal(seeds, tuple(x0.shape), stream=NOISE, device=device)
-        y = None if labels is None else torch.from_numpy(labels[part].astype(np.int64)).to(device)
+        y = None if labels is None else label_tensor(labels[part]).to(device)
         total += diffusion_loss(net, x0, times[part], n, y, noise=noise, prediction=prediction).double().sum().item()
     return total / len(images)
 
 
-def _check(
-    net: UNet,
-    images: Images,
-    labels: Labels | None,
-    validation: tuple[Images, Labels | None] | None,
-    noise: NoiseSchedule,
-    prediction: str,
-) -> None:
+def _check(net: Any, images: Any, labels: Any, validation: Any, noise: Any, prediction: str) -> None:
+    """Raises ValueError unless the objects that training is given fit each other."""
+    if not isinstance(net, UNet):
+        raise ValueError(f"net: got a {type(net).__name__}, supported: a genfast.models.UNet")
+    if not isinstance(noise, NoiseSchedule):
+        raise ValueError(f"noise: got {shown(noise)}, supported: a process of genfast.schedules")
+    if validation is not None and not (isinstance(validation, tuple | list) and len(validation) == 2):
+        raise ValueError(f"validation: got a {type(validation).__name__}, supported: None, or a pair of images and labels (or None)")
     for name, x, y in (("images", images, labels), ("validation", *(validation or (images, labels)))):
-        if x.dtype != np.uint8 or x.ndim not in (3, 4) or len(x) == 0:
-            raise ValueError(f"{name}: got {x.dtype} of shape {x.shape}, supported: uint8 of shape (N, H, W) or (N, C, H, W), N at least 1")
+        check_images(name, x)
         channels, multiple = net.config.image_channels, 2 ** (len(net.config.channels) - 1)
         if (1 if x.ndim == 3 else x.shape[1]) != channels or x.shape[-2] % multiple or x.shape[-1] % multiple:
             raise ValueError(f"{name}: got shape {x.shape}, supported by this network: {channels} channels, sides divisible by {multiple}")
-        if y is not None and (y.shape != x.shape[:1] or y.min() < 0 or y.max() >= net.config.num_classes):
-            raise ValueError(
-                f"labels of {name}: got shape {y.shape}, from {y.min()} to {y.max()}, "
-                f"supported: one an image ({len(x)}), each from 0 to {net.config.num_classes - 1}"
-            )
-    if prediction not in ("epsilon", "v", "x0", "flow"):
-        raise ValueError(f"prediction: got {prediction!r}, supported: 'epsilon', 'v', 'x0', 'flow'")
+        check_labels(name, y, len(x), net.config.num_classes)
     if noise.kind == "ve" or (noise.kind == "flow") != (prediction == "flow"):
         raise ValueError(
             f"noise: got {noise.name!r} with prediction={prediction!r}, supported: flow() with 'flow', a vp process with the others"
         )
-
-
-def _check_numbers(steps: int, batch: int, seed: int, label_dropout: float, warmup: int, every: tuple[int, int, int]) -> None:
-    check_number("steps", steps, 1)
-    check_number("batch", batch, 1)
-    check_number("seed", seed, 0, MOST_SEED)
-    check_number("warmup", warmup, 0)
-    check_number("steps * batch", steps * batch, 1, VALIDATION)
-    for name, value in zip(("log_every", "validate_every", "checkpoint_every"), every, strict=True):
-        check_number(name, value, 1)
-    if not 0 <= label_dropout <= 1:
-        raise ValueError(f"label_dropout: got {label_dropout}, supported: a share from 0 to 1")
 
 
 def _lr_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
@@ -313,9 +325,16 @@ def _tensors(parameters: dict[str, torch.nn.Parameter], average: dict[str, Tenso
 def _restore(
     tensors: dict[str, Tensor], parameters: dict[str, torch.nn.Parameter], average: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> None:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, p in parameters.items():
+        shapes |= {f"model/{name}": p.shape, f"ema/{name}": p.shape}
+        if p.requires_grad:  # AdamW keeps nothing of the others
+            shapes |= {f"optimizer/step/{name}": (), f"optimizer/exp_avg/{name}": p.shape, f"optimizer/exp_avg_sq/{name}": p.shape}
+    check_fits(tensors, shapes)
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(tensors[f"model/{name}"])
             average[name].copy_(tensors[f"ema/{name}"])
-            step, first, second = (tensors[f"optimizer/{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq"))
-            optimizer.state[p] = {"step": step, "exp_avg": first.to(p), "exp_avg_sq": second.to(p)}
+            if p.requires_grad:
+                step, first, second = (tensors[f"optimizer/{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq"))
+                optimizer.state[p] = {"step": step, "exp_avg": first.to(p), "exp_avg_sq": second.to(p)}

@@ -8,6 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genfast.checks import Rule, above, check
+
+WIDTH = Rule("a relative width above 0 and below 0.28", above(0, 0.28).accepts)
+
 
 def power_gamma(sigma_rel: float) -> float:
     """The exponent of the power-function average whose profile has relative width ``sigma_rel``.
@@ -15,8 +19,7 @@ def power_gamma(sigma_rel: float) -> float:
     Karras et al. 2024 ("Analyzing and Improving the Training Dynamics of Diffusion Models"), section 3.1: the average at step t
     weights the step s as s^gamma, and sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), solved here for gamma.
     """
-    if not 0 < sigma_rel < 0.28:
-        raise ValueError(f"ema: got {sigma_rel}, supported: a relative width above 0 and below 0.28")
+    check({"ema": WIDTH}, {"ema": sigma_rel})
     t = sigma_rel**-2
     return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
 

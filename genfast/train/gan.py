@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,13 +15,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from genfast.checks import above, check, choice, decay, each, either, flag, instance, plain, whole
+from genfast.data.arrays import check_images, picture_tensor
+from genfast.files import write_atomically
 from genfast.models import generators
 from genfast.train import ema as averages
 from genfast.train.adversarial import D_DRAW, G_DRAW, PATH, PATH_DRAW, AdversarialStep, Objective
-from genfast.train.checkpoint import write_atomically
-from genfast.train.pictures import grid
+from genfast.train.lock import hold
+from genfast.train.pictures import encoded, grid
 from genfast.train.run import (
     MODEL_NOISE,
+    MOST,
     MOST_SEED,
     NOISE,
     TIMES,
@@ -30,16 +33,34 @@ from genfast.train.run import (
     DataOrder,
     Images,
     append,
-    check_number,
-    cut_log,
+    check_words,
+    described,
     digest,
     load_checkpoint,
     plot_log,
+    read_log,
     sample_seeds,
     save_checkpoint,
-    to_model,
+    write_start,
 )
 
+# What each argument of `train_gan` may be, besides the objects it is given.
+RANGES = {
+    "steps": whole(1, MOST),
+    "batch": whole(1, MOST),
+    "seed": whole(0, MOST_SEED),
+    "objective": instance(Objective),
+    "critic_steps": whole(1, MOST),
+    "lr": either(above(0), each(above(0), 2)),
+    "betas": each(decay(), 2),
+    "ema": averages.WIDTH,
+    "capture": flag(),
+    "log_every": whole(1, MOST),
+    "checkpoint_every": whole(1, MOST),
+    "sample_every": whole(0, MOST),
+    "impl": choice("fused", "reference"),
+    "progress": flag(),
+}
 NON_SATURATING = Objective()
 CURVES = dict.fromkeys(("d_loss", "g_loss", "r1", "r2", "gradient_penalty", "path_length"), "-")
 
@@ -84,80 +105,78 @@ def train_gan(
     Raises ValueError for bad arguments or if ``out`` holds a run with another configuration, and FloatingPointError if a loss
     or a weight is not finite.
     """
-    made, judges = _check(generator, discriminator, images)
-    for name, value in {"steps": steps, "batch": batch, "critic_steps": critic_steps, "log_every": log_every}.items():
-        check_number(name, value, 1)
-    check_number("checkpoint_every", checkpoint_every, 1)
-    check_number("seed", seed, 0, MOST_SEED)
-    check_number("steps * critic_steps * batch", steps * critic_steps * batch, 1, VALIDATION)
-    gamma = averages.power_gamma(ema)
+    check(RANGES, locals())
+    steps, batch, seed, critic_steps, lr, betas, ema = plain((steps, batch, seed, critic_steps, lr, betas, ema))
+    made, judges = _check(generator, discriminator, images, batch)
+    samples = steps * critic_steps * batch
+    check({"steps * critic_steps * batch": whole(1, VALIDATION)}, {"steps * critic_steps * batch": samples})
+    check_words(about)
     device, latent = next(generator.parameters()).device, made.latent
     x_all = images[:, None] if images.ndim == 3 else images
     shape = (batch, *x_all.shape[1:])
     step = AdversarialStep(generator, discriminator, shape, latent, objective, lr=lr, betas=betas, capture=capture)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     # What decides the bits of the weights; how often something is written does not.
-    config: dict[str, Any] = {
+    config = described({
         "generator": asdict(made), "discriminator": asdict(judges), "data": digest(images), "steps": steps,
         "batch": batch, "seed": seed, "objective": asdict(objective), "critic_steps": critic_steps, "lr": lr, "betas": betas,
         "ema": ema, "device": device.type,
-    }  # fmt: skip
-    config = json.loads(json.dumps(config))
+    })  # fmt: skip
 
     generator.train()
     discriminator.train()
     rng = import_module("genfast.reference.noise" if impl == "reference" else "genfast.ops.noise")
-    done = 0
-    found = load_checkpoint(out, config)
-    if found is not None:
-        tensors, done = found
-        step.restore(tensors)
-    write_atomically(out / "config.json", json.dumps(config, indent=1).encode())
-    rows = cut_log(out / "log.jsonl", done)
+    order, gamma = DataOrder(rng, seed, len(images)), averages.power_gamma(ema)
 
-    order = DataOrder(rng, seed, len(images))
-    started, started_at = time.perf_counter(), done
-    bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=not progress, mininterval=1.0, dynamic_ncols=True)
-    for number in bar:
-        for update in range(number * critic_steps, (number + 1) * critic_steps):
-            numbers = np.arange(update * batch, (update + 1) * batch)
-            seeds = sample_seeds(seed, numbers).to(device)
-            z = rng.normal(seeds, (batch, latent), stream=MODEL_NOISE, draw=D_DRAW)
-            step.load(real=to_model(x_all[order(numbers)], device), z_d=z)
-            if "seeds" in step.inputs:
-                step.load(seeds=seeds)
-            if "mix" in step.inputs:
-                step.load(mix=rng.uniform(seeds, (batch, 1), stream=TIMES)[:, 0])
-            step.run(objective.discriminator_phases(update))
-        phases = objective.generator_phases(number)
-        step.load(z_g=rng.normal(seeds, (batch, latent), stream=MODEL_NOISE, draw=G_DRAW))
-        if PATH in phases or (objective.path_length and objective.g_every == 1):
-            seeds = seeds[: batch // objective.path_shrink]
-            z = rng.normal(seeds, (len(seeds), latent), stream=MODEL_NOISE, draw=PATH_DRAW)
-            step.load(z_path=z, noise_path=rng.normal(seeds, (len(seeds), *shape[1:]), stream=NOISE))
-        step.ema_weight.fill_(averages.power_weight(number + 1, gamma))
-        step.run(phases)
+    with hold(out) as out:
+        done = 0
+        found = load_checkpoint(out, config)
+        if found is not None:
+            tensors, done = found
+            step.restore(tensors)
+        rows = read_log(out / "log.jsonl", done)
+        write_start(out, config, rows)
 
-        # What is written.
-        done = number + 1
-        last = done == steps
-        if done % log_every == 0 or done % checkpoint_every == 0 or last:
-            _check_finite(step, number, out)
-        if done % log_every == 0 or last:
-            row = {"step": done, **step.take_means()}
-            rate = (done - started_at) * batch * critic_steps / (time.perf_counter() - started)
-            append(out / "log.jsonl", rows, row | {"images_per_second": round(rate, 1)})
-            plot_log(rows, out / "loss.png", {name: style for name, style in CURVES.items() if name in row}, "loss")
-            bar.set_postfix(d=f"{row['d_loss']:.3f}", g=f"{row['g_loss']:.3f}", refresh=False)
-        if sample_every and (done % sample_every == 0 or last):
-            _sample_grid(generator, step.average, rng).save(out / f"samples-{done:06d}.png")
-        if done % checkpoint_every == 0 or last:
-            save_checkpoint(out, done, config, step.state())
+        started, started_at = time.perf_counter(), done
+        bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=not progress, mininterval=1.0, dynamic_ncols=True)
+        for number in bar:
+            for update in range(number * critic_steps, (number + 1) * critic_steps):
+                numbers = np.arange(update * batch, (update + 1) * batch)
+                seeds = sample_seeds(seed, numbers).to(device)
+                z = rng.normal(seeds, (batch, latent), stream=MODEL_NOISE, draw=D_DRAW)
+                step.load(real=picture_tensor(x_all[order(numbers)], device), z_d=z)
+                if "seeds" in step.inputs:
+                    step.load(seeds=seeds)
+                if "mix" in step.inputs:
+                    step.load(mix=rng.uniform(seeds, (batch, 1), stream=TIMES)[:, 0])
+                step.run(objective.discriminator_phases(update))
+            phases = objective.generator_phases(number)
+            step.load(z_g=rng.normal(seeds, (batch, latent), stream=MODEL_NOISE, draw=G_DRAW))
+            if PATH in phases or (objective.path_length and objective.g_every == 1):
+                seeds = seeds[: batch // objective.path_shrink]
+                z = rng.normal(seeds, (len(seeds), latent), stream=MODEL_NOISE, draw=PATH_DRAW)
+                step.load(z_path=z, noise_path=rng.normal(seeds, (len(seeds), *shape[1:]), stream=NOISE))
+            step.ema_weight.fill_(averages.power_weight(number + 1, gamma))
+            step.run(phases)
 
-    generators.save(generator, out / "ema.safetensors", step.average, **(about or {}))
-    generator.load_state_dict(step.average)
-    return rows[-1] if rows else {}
+            # What is written.
+            done = number + 1
+            last = done == steps
+            if done % log_every == 0 or done % checkpoint_every == 0 or last:
+                _check_finite(step, number, out)
+            if done % log_every == 0 or last:
+                row = {"step": done, **step.take_means()}
+                rate = (done - started_at) * batch * critic_steps / (time.perf_counter() - started)
+                append(out / "log.jsonl", rows, row | {"images_per_second": round(rate, 1)})
+                plot_log(rows, out / "loss.png", {name: style for name, style in CURVES.items() if name in row}, "loss")
+                bar.set_postfix(d=f"{row['d_loss']:.3f}", g=f"{row['g_loss']:.3f}", refresh=False)
+            if sample_every and (done % sample_every == 0 or last):
+                write_atomically(out / f"samples-{done:06d}.png", encoded(_sample_grid(generator, step.average, rng)))
+            if done % checkpoint_every == 0 or last:
+                save_checkpoint(out, done, config, step.state())
+
+        generators.save(generator, out / "ema.safetensors", step.average, **(about or {}))
+        generator.load_state_dict(step.average)
+        return rows[-1] if rows else {}
 
 
 def _sample_grid(generator: nn.Module, average: dict[str, Tensor], rng: Any) -> Any:
@@ -170,17 +189,20 @@ def _sample_grid(generator: nn.Module, average: dict[str, Tensor], rng: Any) -> 
         return grid(averaged.eval()(z.to(next(generator.parameters()).device)), 8)
 
 
-def _check(generator: nn.Module, discriminator: nn.Module, images: Images) -> tuple[Any, Any]:
-    """Their configurations, if ``images`` are what they are for."""
-    configs: tuple[Any, Any] = (generator.config, discriminator.config)
-    for name, config in zip(("generator", "discriminator"), configs, strict=True):
-        made = (config.image_channels, config.size, config.size)
+def _check(generator: Any, discriminator: Any, images: Any, batch: int) -> tuple[Any, Any]:
+    """Their configurations. Raises ValueError unless networks, images and batch fit each other."""
+    check_images("images", images)
+    for name, network in {"generator": generator, "discriminator": discriminator}.items():
+        if not any(isinstance(network, getattr(family, name)) for family in generators.FAMILIES.values()):
+            raise ValueError(f"{name}: got a {type(network).__name__}, supported: the {name} of a family in genfast.models.generators")
+        made = (network.config.image_channels, network.config.size, network.config.size)
         shape = (1, *images.shape[1:]) if images.ndim == 3 else images.shape[1:]
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) == 0 or shape != made:
-            raise ValueError(
-                f"images: got {images.dtype} of shape {images.shape}, supported by this {name}: uint8, at least one image of shape {made}"
-            )
-    return configs
+        if shape != made:
+            raise ValueError(f"images: got shape {images.shape}, supported by this {name}: images of shape {made}")
+    group = getattr(discriminator.config, "stddev_group", 1)
+    if batch > group and batch % group:
+        raise ValueError(f"batch: got {batch}, supported by this discriminator: 1 to {group}, or a multiple of {group}")
+    return generator.config, discriminator.config
 
 
 def _check_finite(step: AdversarialStep, number: int, out: Path) -> None:

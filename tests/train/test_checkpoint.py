@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from genfast.train import checkpoint
-from genfast.train.checkpoint import read_checkpoint, write_atomically, write_checkpoint
+from genfast import files
+from genfast.files import write_atomically
+from genfast.train.checkpoint import read_checkpoint, write_checkpoint
 
 
 class Killed(BaseException):
@@ -46,7 +47,7 @@ def test_a_kill_around_any_system_call_leaves_a_whole_checkpoint(tmp_path: Path,
     with monkeypatch.context() as patch:
         for name in ("replace", "fsync", "open", "close"):
             patch.setattr(os, name, dying(getattr(os, name)))
-        patch.setattr(checkpoint, "open", dying(open), raising=False)
+        patch.setattr(files, "open", dying(open), raising=False)
         try:
             write_checkpoint(path, {"x": torch.tensor([3.0])}, {"step": 3})
         except Killed:
