@@ -81,7 +81,6 @@ def test_few_and_many_steps(steps: int) -> None:
         (network(COSINE), {"sigmas": "karras"}),
         (network(COSINE), {"sigmas": [150.0, 10.0, 1.0, 0.0]}),
     ],
-    ids=str,
 )
 def test_what_was_right_is_as_it_was(den: Denoiser, options: dict) -> None:
     """The rows are the process's own; no warning."""
@@ -102,7 +101,6 @@ def test_what_was_right_is_as_it_was(den: Denoiser, options: dict) -> None:
         ({"steps": 10}, 26),
         ({"steps": 1}, 160),
     ],
-    ids=str,
 )
 def test_other_grids_that_explode_warn_of_it(options: dict, growth: float) -> None:
     den, draw = network(COSINE), Sampler("ddim", progress=False, **options)
@@ -114,7 +112,7 @@ def test_other_grids_that_explode_warn_of_it(options: dict, growth: float) -> No
     assert den.error_growth(draw._start_of(den)) == pytest.approx(growth, rel=0.05)
 
 
-@pytest.mark.parametrize("options", [{"clip": 1.0}, {"threshold": 0.99}], ids=str)
+@pytest.mark.parametrize("options", [{"clip": 1.0}, {"threshold": 0.99}])
 def test_a_clip_says_that_the_range_is_known(options: dict) -> None:
     """The whole grid, without a warning, and no explosion with the solvers that look at d alone."""
     for solver in ("ddim", "ddpm", "dpmpp_2m", "dpmpp_2m_sde", "unipc"):
@@ -151,7 +149,7 @@ def documented() -> list[tuple[str, dict, float, float]]:
     return cells
 
 
-@pytest.mark.parametrize(("solver", "options", "error", "expected"), documented(), ids=str)
+@pytest.mark.parametrize(("solver", "options", "error", "expected"), documented())
 def test_the_documented_spreads(solver: str, options: dict, error: float, expected: float) -> None:
     warnings.simplefilter("ignore", UserWarning)
     out = Sampler(solver, 20, progress=False, **options)(network(COSINE, error=error), (2000, 2), seeds=range(2000))
