@@ -31,24 +31,6 @@ cli.main()
 """
 NETWORK = ["--channels", "8", "8", "--blocks", "1", "1", "--attention", "0", "0"]
 SMALL = ["--data", "bars", *NETWORK, "--batch", "4", "--warmup", "1", "--validation", "10"]
-    "--data",
-    "bars",
-    "--channels",
-    "8",
-    "8",
-    "--blocks",
-    "1",
-    "1",
-    "--attention",
-    "0",
-    "0",
-    "--batch",
-    "4",
-    "--warmup",
-    "1",
-    "--validation",
-    "10",
-]
 
 
 def command(tmp_path: Path, *words: str, **options: Any) -> subprocess.Popen[str]:
@@ -243,10 +225,8 @@ def test_weights_that_are_not_as_they_should_be(
     net = UNet(models.UNetConfig(channels=(8,), blocks=(1,), attention=(False,), num_classes=2))
     about = {"prediction": "v", "noise": "cosine", "noise_steps": 1000, "shift": 1.0, "size": [8, 8], "classes": ["a", "b"]}
     words: dict[str, Any] = {"family": "unet", "config": asdict(net.config), "about": about}
-    path, sample = (
-        tmp_path / "w",
-        ["sample", "--weights", str(tmp_path / "w"), "--out", str(tmp_path / "x.png"), "--steps", "2", "--seeds", "0"],
-    )
+    path, picture = tmp_path / "w", tmp_path / "x.png"
+    sample = ["sample", "--weights", str(path), "--out", str(picture), "--steps", "2", "--seeds", "0"]
     path.write_bytes(pack(net.state_dict(), "genfast", words))
     assert cli.main(sample) == 0
     damage(words)

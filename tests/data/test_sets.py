@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import re
 import stat
 import struct
 from dataclasses import replace
@@ -114,3 +115,50 @@ def test_hold_out() -> None:
     assert x1.tolist() == [*range(7)] and y2.tolist() == [17, 18, 19] and len(y1) == 7 and len(x2) == 3
     with pytest.raises(ValueError, match="count: got 10, supported: from 1 to 9"):
         data.hold_out(x, y, 10)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "altered", "no gzip", "other shape", "fewer labels", "missing"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_cache_that_was_damaged_since_names_the_file(tiny: tuple[Path, np.ndarray, np.ndarray], damage: str, split: str) -> None:
+    source, images, labels = tiny
+    target = data.fetch("fashion", source)
+    prefix = {"train": "train", "test": "t10k"}[split]
+    victim = target / f"{prefix}-{'labels-idx1' if damage == 'fewer labels' else 'images-idx3'}-ubyte.gz"
+    content = victim.read_bytes()
+    altered = bytearray(content)
+    altered[len(content) // 2] ^= 4
+    new = {
+        "cut": content[:-30], "empty": b"", "altered": bytes(altered), "no gzip": b"<html>", "other shape": gzip.compress(idx(images[0])),
+        "fewer labels": gzip.compress(idx(labels[:-1])),
+    }  # fmt: skip
+    if damage == "missing":
+        victim.unlink()
+    else:
+        victim.write_bytes(new[damage])
+    named = re.escape(str(target if damage == "fewer labels" else victim))
+    with pytest.raises(ValueError, match=rf"fashion: {named} is (damaged|missing).*; delete .* genfast data fetch fashion$"):
+        data.load("fashion", split)
+    data.load("fashion", {"train": "test", "test": "train"}[split])  # the other split is whole
+
+
+def test_a_source_for_what_is_there_is_not_ignored_in_silence(tiny: tuple[Path, np.ndarray, np.ndarray], tmp_path: Path) -> None:
+    source, _, _ = tiny
+    target = data.fetch("fashion", source)
+    with pytest.raises(ValueError, match=r"--from: got .*WRONG, which does not exist"):
+        data.fetch("fashion", tmp_path / "WRONG")
+    (tmp_path / "other.deb").write_text("no package")
+    for there in (tmp_path / "other.deb", tmp_path / "source"):
+        with pytest.warns(UserWarning, match=rf"--from: {re.escape(str(there))} was not read, because fashion is in"):
+            assert data.fetch("fashion", there) == target
+
+
+def test_hold_out_checks_what_it_is_given() -> None:
+    x = np.zeros((10, 2, 2), np.uint8)
+    for count in (0, -3, 1.5, True, None, "3"):
+        with pytest.raises(ValueError, match=r"count: got .*, supported: from 1 to 9"):
+            data.hold_out(x, np.zeros(10, np.uint8), count)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"labels: got 9 of them, supported: 10, one for each image"):
+        data.hold_out(x, np.zeros(9, np.uint8), 3)
+    for name in (None, 3, ["fashion"]):
+        with pytest.raises(ValueError, match=r"name: got .*, supported: 'fashion'"):
+            data.load(name)  # type: ignore[arg-type]
