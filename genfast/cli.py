@@ -33,32 +33,17 @@ def _data(arguments: argparse.Namespace) -> None:
         print(data.fetch(arguments.name, arguments.source))
 
 
-def _device(arguments: argparse.Namespace) -> str:
-    """The device to run on, once something has been put there."""
-    import torch
-
-    name: str = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    try:
-        if torch.device(name).type not in ("cpu", "cuda"):
-            raise ValueError(f"genfast has no kernels for {name}")
-        torch.zeros(1, device=name)
-    except (ValueError, RuntimeError, AssertionError) as error:  # torch without CUDA answers with an AssertionError
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--device: got {name!r}, supported on this machine: {', '.join(there)} ({reason})") from error
-    return name
-
-
 def _train_diffusion(arguments: argparse.Namespace) -> None:
     import torch
 
     from genfast import data, schedules
     from genfast.checks import check, whole
+    from genfast.device import usable
     from genfast.models import UNet, UNetConfig
     from genfast.train import diffusion, train_diffusion
 
     check(diffusion.RANGES | {"warmup": whole(0, arguments.steps)}, vars(arguments))  # before a data set is fetched
-    device, classes = _device(arguments), data.dataset(arguments.data).classes
+    device, classes = usable(arguments.device), data.dataset(arguments.data).classes
     noise = getattr(schedules, arguments.noise)()
     config = UNetConfig(channels=tuple(arguments.channels), blocks=tuple(arguments.blocks), attention=tuple(map(bool, arguments.attention)),
                         num_classes=len(classes), time_scale=1000.0 if noise.kind == "flow" else 1.0)  # fmt: skip
@@ -83,6 +68,7 @@ def _train_gan(arguments: argparse.Namespace) -> None:
 
     from genfast import data
     from genfast.checks import check
+    from genfast.device import usable
     from genfast.models import generators
     from genfast.train import Objective, gan, train_gan
 
@@ -91,7 +77,7 @@ def _train_gan(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--lr: got {len(given.lr)} numbers, supported: one for both networks, or the generator's and the discriminator's")
     given.lr = given.lr[0] if len(given.lr) == 1 else tuple(given.lr)
     check(gan.RANGES, vars(given))  # before a data set is fetched
-    device = _device(given)
+    device = usable(given.device)
     objective = Objective(
         given.loss, r1=given.r1, r2=given.r2, gradient_penalty=given.gradient_penalty, center=given.center,
         path_length=given.path_length, path_shrink=given.path_shrink, d_every=given.d_every, g_every=given.g_every,
@@ -146,13 +132,14 @@ def _border(images: NDArray[np.uint8], size: int) -> int:
 
 def _sample(arguments: argparse.Namespace) -> None:
     from genfast.checks import check, finite
+    from genfast.device import usable
     from genfast.files import write_atomically
     from genfast.samplers import Sampler
     from genfast.train import pictures
 
     kind = _picture_format(arguments.out)
     check({"--guidance-scale": finite()}, {"--guidance-scale": arguments.guidance_scale})
-    device = _device(arguments)
+    device = usable(arguments.device)
     denoiser, about = pictures.load_denoiser(arguments.weights or pictures.SHIPPED, device)
     classes = about.get("classes", [])
     labels = range(max(1, len(classes))) if arguments.labels is None else [_label(word, classes) for word in arguments.labels.split(",")]

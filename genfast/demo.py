@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -17,6 +16,8 @@ from torch import Tensor
 
 import genfast.ops
 import genfast.reference
+from genfast.device import usable
+from genfast.failure import Parser, guarded
 from genfast.samplers import Denoiser, Sampler
 from genfast.train import pictures
 
@@ -26,14 +27,15 @@ NAMESPACES: dict[str, ModuleType] = {"fused": genfast.ops, "reference": genfast.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw the grid, then measure; about half a minute on two CPU cores."""
-    parser = argparse.ArgumentParser(prog="genfast.demo", description=__doc__)
+    parser = Parser(prog="genfast.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/demo.png"), help="the PNG to write")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="where to run; cuda if torch sees one, else cpu, when not given")
     arguments = parser.parse_args(argv)
 
-    denoiser, about = pictures.load_denoiser(device=arguments.device)
+    device = usable(arguments.device)
+    denoiser, about = pictures.load_denoiser(device=device)
     classes: list[str] = about["classes"]
-    print(f"{len(classes)} classes x {COLUMNS} seeds: {SOLVER}, {STEPS} steps, guidance {GUIDANCE}, on {arguments.device}")
+    print(f"{len(classes)} classes x {COLUMNS} seeds: {SOLVER}, {STEPS} steps, guidance {GUIDANCE}, on {device}")
     x = pictures.draw(denoiser, _sampler(denoiser), range(len(classes)), range(COLUMNS), about["size"])
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     pictures.grid(x, COLUMNS, classes).save(arguments.out)
@@ -110,4 +112,4 @@ def _step_alone(denoiser: Denoiser, impl: str, batch: int, size: Sequence[int]) 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -239,6 +239,15 @@ def test_weights_that_are_not_as_they_should_be(
     assert not picture.exists()
 
 
+def test_the_demonstration_answers_alike() -> None:
+    for words, message in (
+        (["--device", "cuda:99"], "--device: got 'cuda:99', supported"),
+        (["--sead", "1"], "unrecognized arguments: --sead 1"),
+    ):
+        done = subprocess.run([sys.executable, "-m", "genfast.demo", *words], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
+
+
 def test_help_and_version_import_neither_torch_nor_numpy() -> None:
     for words in (["--help"], ["--version"], ["train", "diffusion", "--help"], ["sample", "--help"]):
         code = (

@@ -15,6 +15,7 @@ ALLOWED = {
     "schedules": set(),
     "_library": set(),
     "checks": set(),
+    "device": set(),
     "failure": set(),
     "files": set(),
     "ops": {"_library", "reference"},
