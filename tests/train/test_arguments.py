@@ -224,7 +224,15 @@ def test_networks_of_another_kind_are_refused(tmp_path: Path) -> None:
 
 def test_numbers_of_numpy_and_lists_are_as_good(tmp_path: Path) -> None:
     """The same bits, and the same run: either continues the other."""
-    plain: dict[str, Any] = {"steps": 4, "batch": 60, "lr": float(np.float32(0.3)), "betas": (0.5, 0.75), "clip_grad": INF, "warmup": 4, "log_every": 2}
+    plain: dict[str, Any] = {
+        "steps": 4,
+        "batch": 60,
+        "lr": float(np.float32(0.3)),
+        "betas": (0.5, 0.75),
+        "clip_grad": INF,
+        "warmup": 4,
+        "log_every": 2,
+    }
     others: dict[str, Any] = {
         "steps": np.int8(4), "batch": np.int8(60), "lr": np.float32(0.3), "betas": [0.5, np.float32(0.75)], "clip_grad": np.inf,
         "warmup": np.uint8(4), "log_every": np.int32(2),
