@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+import genfast.ops  # noqa: F401  its import loads the kernels
 from genfast import _C, __version__, _library
 from genfast.failure import Parser
 

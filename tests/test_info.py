@@ -74,3 +74,10 @@ except AttributeError as error:
 """
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.splitlines() == ["install ConvBlock True True", "module 'genfast' has no attribute 'samplerz'"]
+
+
+def test_a_process_of_its_own_sees_the_kernels() -> None:
+    """Nothing else has imported the operators there."""
+    command = [sys.executable, "-m", "genfast.info", "--brief"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"CPU kernels {_library.loaded.cpu} ({info.cpu_isa()})" in said

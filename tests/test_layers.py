@@ -26,7 +26,7 @@ ALLOWED = {
     "data": {"checks"},
     "train": {"checks", "data", "files", "models", "nn", "ops", "reference", "samplers", "schedules"},
     "testing": {"compat", "ops", "reference", "_library"},
-    "info": {"_library", "_C", "__version__", "failure"},
+    "info": {"ops", "_library", "_C", "__version__", "failure"},
 }
 
 
