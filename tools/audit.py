@@ -19,7 +19,11 @@ def symbols(path: Path, *options: str) -> list[tuple[str, str]]:
 
 
 def main() -> int:
-    libraries = sorted(Path(genfast._C.__file__).parent.glob("libgenfast_*.so"))
+    # What this environment runs, and what `make cuda` built.
+    libraries = [
+        *sorted(Path(genfast._C.__file__).parent.glob("libgenfast_*.so")),
+        *sorted((ROOT / "build" / "cuda").glob("libgenfast_*.so")),
+    ]
     failures = [] if libraries else ["no library was built"]
     for library in libraries:
         audit = Path(sys.executable).parent / "torch-abi-audit"
