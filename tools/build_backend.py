@@ -49,19 +49,20 @@ def torch_folder() -> Path:
     """The torch of this environment. pip hides it from an isolated build, so the environment's own folders are looked at too."""
     spec = importlib.util.find_spec("torch")
     folders = [Path(spec.origin).parent] if spec and spec.origin else []
-    environment = os.environ.get("VIRTUAL_ENV")  # where uv builds for
-    sites = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
-    folders += [Path(folder, "torch") for folder in sites] + sorted(
-        Path(environment or "/nowhere").glob("lib/python3*/site-packages/torch")
-    )
+    sites = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    if sys.prefix == sys.base_prefix:  # a virtual environment does not look into the user's packages
+        sites.append(site.getusersitepackages())
+    folders += [Path(folder, "torch") for folder in sites]
+    environment = os.environ.get("VIRTUAL_ENV")  # what uv builds for
+    if environment:
+        folders += sorted(Path(environment).glob("lib/python3*/site-packages/torch"))
     for folder in folders:
         if (folder / "version.py").exists():
             version = re.search(r"__version__ = ['\"]([^'\"]+)", (folder / "version.py").read_text())
-            numbers = re.findall(r"\d+", version.group(1))[:2] if version else []
-            if tuple(map(int, numbers)) < OLDEST_TORCH:
-                sys.exit(
-                    f"genfast: torch {version and version.group(1)} is installed in {folder.parent}, supported: 2.10 or newer; pip install --upgrade torch"
-                )
+            got = version.group(1) if version else "of an unknown version"
+            if tuple(map(int, re.findall(r"\d+", got)[:2])) < OLDEST_TORCH:
+                supported = "supported: 2.10 or newer; pip install --upgrade torch"
+                sys.exit(f"genfast: torch {got} is installed in {folder.parent}, {supported}")
             return folder
     return sys.exit(
         f"genfast: its kernels are compiled against an installed torch (2.10 or newer), and there is none in {sys.prefix}; "
