@@ -129,4 +129,4 @@ def test_arguments(capsys, tmp_path, monkeypatch):
     assert "supported: pip install k-diffusion" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert kit.main(["--library", "diffusers", "--quick"]) == 1
-    assert "supported: pip install genfast[diffusers]" in capsys.readouterr().err
+    assert "supported: pip install 'diffusers>=0.31'" in capsys.readouterr().err

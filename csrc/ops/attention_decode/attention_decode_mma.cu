@@ -6,7 +6,7 @@
 namespace genfast {
 namespace {
 
-constexpr int kRows = 16, kKeys = 16;  // of a step of one warp
+[[maybe_unused]] constexpr int kRows = 16, kKeys = 16;  // of a step of one warp
 
 #if defined(GF_EMULATE) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 __device__ __forceinline__ uint4 load16(const void* from, bool valid) {

@@ -16,7 +16,7 @@ from torch import Tensor
 try:
     import diffusers as _diffusers
 except ImportError:
-    raise ImportError("genfast.compat.diffusers: diffusers is not installed, supported: pip install genfast[diffusers]") from None
+    raise ImportError("genfast.compat.diffusers: diffusers is not installed, supported: pip install 'diffusers>=0.31'") from None
 
 from .pipeline import Report, accelerate, restore
 from .scheduler import FusedScheduler, fuse

@@ -29,7 +29,7 @@ def classes() -> dict[str, tuple[type, type]]:
     try:
         import diffusers
     except ImportError:
-        raise ImportError("conformance: diffusers is not installed, supported: pip install genfast[diffusers]") from None
+        raise ImportError("conformance: diffusers is not installed, supported: pip install 'diffusers>=0.31'") from None
     from genfast.compat import diffusers as compat
 
     stock = {name: getattr(diffusers, name, None) for name in compat.__all__}
