@@ -94,7 +94,7 @@ def compile_kernels(venv: Path) -> None:
     run("", [binaries / "python", ROOT / "tools/build_backend.py", "toolchain"])
     environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "CMAKE_GENERATOR": "Ninja"}
     pip = [binaries / "python", "-m", "pip", "--disable-pip-version-check", "install", "--verbose", "--no-build-isolation", "--no-deps"]
-    run("configuring the build", [*pip, "--editable", ROOT], environment=environment, follow=follow_ninja)
+    run("building genfast", [*pip, "--editable", ROOT], environment=environment, follow=follow_ninja)
 
 
 def follow_ninja(line: str, started: float) -> None:
