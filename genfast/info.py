@@ -39,7 +39,7 @@ def facts() -> dict[str, str]:
         "python": f"{platform.python_version()} ({sys.platform})",
         "torch": f"{torch.__version__} (built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPU'})",
         "threads": str(torch.get_num_threads()),
-        "built with": f"g++ {_C.compiler}" + (f", nvcc {_C.nvcc_version}" if _C.nvcc_version else ", no nvcc: CPU only"),
+        "built with": f"g++ {_C.compiler}" + (f", nvcc {_C.nvcc_version}" if _C.nvcc_version else "; CPU kernels only"),
         "runs on": f"torch {_C.torch_target} and newer (stable ABI)",
         "CUDA archs": ", ".join(f"sm_{a}" for a in _C.cuda_archs.split(",") if a) or "none built",
         "CUDA devices": ", ".join(devices) or "none seen by torch",

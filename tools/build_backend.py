@@ -28,7 +28,7 @@ PACKAGES = "(Debian and Ubuntu: apt install {}; Fedora: dnf install {})"
 
 
 def check_toolchain() -> None:
-    """End with one sentence unless there are a C++ compiler and Python's headers."""
+    """End with one sentence unless there are a C++ compiler and Python's headers, and nvcc where GENFAST_CUDA=ON asks for it."""
     if not sys.platform.startswith("linux"):
         sys.exit(f"genfast: got the platform {sys.platform}, supported: Linux")
     compiler = next((found for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (found := shutil.which(name))), None)
@@ -43,6 +43,11 @@ def check_toolchain() -> None:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         packages = PACKAGES.format("python3-dev", "python3-devel")
         sys.exit(f"genfast: the headers of Python {version} (Python.h) are not in {include}; install them {packages}")
+    cuda = os.environ.get("GENFAST_CUDA") or "AUTO"
+    if cuda not in ("ON", "OFF", "AUTO"):
+        sys.exit(f"genfast: GENFAST_CUDA: got {cuda}, supported: ON, OFF or AUTO")
+    if cuda == "ON" and not shutil.which(os.environ.get("CUDACXX") or "nvcc"):
+        sys.exit("genfast: GENFAST_CUDA=ON: no nvcc was found; install the CUDA toolkit or put its nvcc on PATH")
 
 
 def torch_folder() -> Path:
