@@ -30,6 +30,10 @@ FAULTS = [
         r"NewConnectionError|Name or service not known|Temporary failure in name|Network is unreachable|ProxyError",
         "pip could not reach its package index; check the network, or name an index that can be reached (pip config)",
     ),
+    (
+        r"No matching distribution|Could not find a version|conflicting dependencies",
+        "pip did not get a package that genfast needs; check the network and which index pip uses (pip config list)",
+    ),
     (r"^.*(?:genfast|GENFAST_\w+): (?!CPU kernels|error).*$", None),  # genfast's own sentence, from CMake or the build backend
     (r"^.*\berror: (?!subprocess-exited|metadata-generation).*$", None),  # a compiler's or pip's first error
     (r"^ERROR: .*$", None),
