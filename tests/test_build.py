@@ -94,3 +94,40 @@ def test_missing_headers_are_told(backend: ModuleType, tmp_path: Path, monkeypat
     monkeypatch.setattr(backend.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(SystemExit, match=r"the headers of Python 3\.\d+ \(Python.h\) are not in .*apt install python3-dev"):
         backend.check_toolchain()
+
+
+@pytest.fixture
+def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("genfast_setup", ROOT / "tools" / "setup.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "LOG", tmp_path / "setup.log")
+    return module
+
+
+@pytest.mark.parametrize(
+    ("output", "sentence"),
+    [
+        ("cc1plus: error: writing: No space left on device", "genfast: the disk is full"),
+        ("WARNING: Retrying after connection broken by 'NewConnectionError(...)'", "genfast: pip could not reach its package index"),
+        ("ERROR: No matching distribution found for numpy", "genfast: pip did not get a package that genfast needs"),
+        ("[1/9] Building\na.cpp:3:1: error: expected ';'\nmore", "genfast: a.cpp:3:1: error: expected ';'\n"),
+        ("genfast: torch 2.5.1 is installed in /x, supported: 2.10 or newer", "genfast: torch 2.5.1 is installed in /x, supported"),
+        ("something else", "genfast: compiling failed: something else"),
+    ],
+)
+def test_a_failed_stage_is_one_sentence(setup: ModuleType, output: str, sentence: str) -> None:
+    with pytest.raises(SystemExit) as failed:
+        setup.run("compiling", [sys.executable, "-c", f"print({output!r}); raise SystemExit(3)"])
+    assert str(failed.value).startswith(sentence) and str(failed.value).endswith("(the whole output: setup.log)")
+    assert output in setup.LOG.read_text()
+
+
+def test_the_counter_of_a_build_is_shown(setup: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["-- genfast: CPU kernels only", *(f"  [{i}/8] Building CXX object {i}.o" for i in range(1, 9))]
+    setup.run("building", [sys.executable, "-c", f"print({chr(10).join(lines)!r})"], follow=setup.follow_ninja)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[:3] == ["building", "genfast: CPU kernels only", "compiling 8 files"]
+    assert [line.split(",")[0].strip() for line in shown[3:]] == ["2 of 8", "4 of 8", "6 of 8", "8 of 8"]
