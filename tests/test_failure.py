@@ -20,7 +20,8 @@ from genfast.models import UNet
 
 # The command line on the bars of tiny_run, in a process of its own.
 COMMAND = """
-import sys, tiny_run
+import signal, sys, tiny_run
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
 from dataclasses import replace
 from genfast import cli, data
 from genfast.data import sets
