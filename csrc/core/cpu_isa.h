@@ -15,4 +15,9 @@ CpuIsa cpu_isa();
 #define GENFAST_PICK_ISA(baseline, avx2, avx512) (baseline)
 #endif
 
+// The name of a table in the unit that is compiled for GENFAST_ISA: GENFAST_FOR_ISA(kNoise) is kNoiseAvx2 there.
+#define GENFAST_JOIN_NAMES(table, isa) table##isa
+#define GENFAST_JOIN(table, isa) GENFAST_JOIN_NAMES(table, isa)
+#define GENFAST_FOR_ISA(table) GENFAST_JOIN(table, GENFAST_ISA)
+
 }  // namespace genfast

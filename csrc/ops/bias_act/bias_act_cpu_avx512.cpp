@@ -1,5 +1,0 @@
-#include "bias_act_cpu_impl.h"
-
-namespace genfast {
-const BiasActKernels kBiasActAvx512{long_rows, short_rows};
-}

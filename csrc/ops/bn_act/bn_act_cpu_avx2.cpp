@@ -1,5 +1,0 @@
-#include "bn_act_cpu_impl.h"
-
-namespace genfast {
-const BnActKernels kBnActAvx2{rows};
-}

@@ -1,5 +1,0 @@
-#include "modulate_bias_act_cpu_impl.h"
-
-namespace genfast {
-const ModulateKernels kModulateAvx512{units};
-}

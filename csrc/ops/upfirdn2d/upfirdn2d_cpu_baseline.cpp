@@ -1,5 +1,0 @@
-#include "upfirdn2d_cpu_impl.h"
-
-namespace genfast {
-const Upfirdn2dKernels kUpfirdn2dBaseline{strips};
-}
