@@ -11,6 +11,9 @@
 VENV ?= .venv
 PYTHON ?= python3
 PY = $(VENV)/bin/python
+# Tests run in as many processes. Threads that wait for work must not spin: they would keep the other process from its core.
+JOBS ?= 2
+PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS)
 
 .PHONY: demo setup build dev test test-fast lint format typecheck cuda audit wheel test-wheel bench clean
 .DELETE_ON_ERROR:
@@ -25,10 +28,10 @@ dev:
 	@$(PYTHON) tools/setup.py "$(VENV)" --dev
 
 test: dev
-	$(PY) -m pytest
+	$(PYTEST)
 
 test-fast: dev
-	$(PY) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: dev
 	$(PY) -m ruff check .

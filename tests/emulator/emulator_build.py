@@ -76,11 +76,11 @@ def _build(name: str, units: list[tuple[Path, list[str]]], link: list[str], flag
     return target
 
 
-def library(*, sanitize: bool = False, mutation: tuple[str, str, str] | None = None) -> Path:
+def library(*, sanitize: bool = False, mutation: tuple[str, str, str] | None = None, only: str = "") -> Path:
     """The operators as a torch library, in namespace genfast_emulator.
 
     ``mutation`` (file under csrc, text, replacement) plants a bug in the kernels, for the tests of the tests; where the file belongs to
-    one operator, the library holds that one alone.
+    one operator, the library holds that one alone. ``only`` names one operator to build where the file belongs to all.
     """
     spec = importlib.util.find_spec("torch")
     assert spec and spec.submodule_search_locations
@@ -90,7 +90,7 @@ def library(*, sanitize: bool = False, mutation: tuple[str, str, str] | None = N
     registration = ["-DGENFAST_BACKEND_EMULATOR", f"-DTORCH_TARGET_VERSION={target}", "-isystem", str(torch / "include")]
     units: list[tuple[Path, list[str]]] = []
     kernels = _mutated(*mutation) if mutation else ROOT / "csrc"
-    mutated = [op for op in OPS if mutation and mutation[0].startswith(f"ops/{op}/")]
+    mutated = [only] if only else [op for op in OPS if mutation and mutation[0].startswith(f"ops/{op}/")]
     for op in mutated or OPS:
         units.append((ROOT / f"csrc/ops/{op}/{op}.cpp", registration))
         units += [(source, []) for source in sorted((kernels / f"ops/{op}").glob("*.cu"))]
