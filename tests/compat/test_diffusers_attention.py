@@ -16,6 +16,7 @@ from diffusers.models import attention_processor
 
 import genfast.compat.diffusers as gfd
 from genfast.compat import sdpa
+from genfast.compat.diffusers import attention
 from genfast.compat.diffusers.attention import FusedAttention
 
 
@@ -217,3 +218,32 @@ def test_compiled(calls):
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert_close(compiled(*given).sample, expected)
     assert len(calls) == 8
+
+
+@pytest.mark.parametrize(
+    ("shape", "context", "small"),
+    [
+        ((2, 256, 64), None, False),  # 2^15 elements times 256 tokens: 2^23
+        ((2, 255, 64), None, True),
+        ((2, 64, 16, 16), None, False),  # channels first, as the attention of a VAE
+        ((2, 1024, 64), (2, 77, 64), False),
+        ((2, 16, 64), (2, 77, 64), True),
+        ((1, 16, 64), (1, 10_000, 64), False),  # joint attention to a long text
+    ],
+)
+def test_small_calls_run_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], context: tuple[int, ...] | None, small: bool
+) -> None:
+    """No torch function is looked at where that would cost more than the attention; the output is the same either way."""
+    monkeypatch.setattr(attention, "SMALL", 1 << 23)
+    torch.manual_seed(0)
+    module = attention_processor.Attention(64, cross_attention_dim=64 if context else None, heads=2, dim_head=32)
+    model, x = torch.nn.ModuleList([module]), torch.randn(shape)
+    arguments = (x,) if context is None else (x, torch.randn(context))
+    stock = module(*arguments)
+    attention.accelerate_attention(model)
+    calls = []
+    ours = attention.scaled_dot_product_attention
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or ours(*a, **k))
+    torch.testing.assert_close(module(*arguments), stock, atol=1e-5, rtol=1e-5)
+    assert bool(calls) != small

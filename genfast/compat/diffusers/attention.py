@@ -28,6 +28,20 @@ class _Ours(TorchFunctionMode):
 
 
 _ours = _Ours()
+# Elements of the input times the tokens attended to. Below it a call of the module takes less than some 0.2 ms on a CPU core, and looking
+# at every torch function that it calls would cost more than genfast's attention saves.
+SMALL = 1 << 23
+
+
+def _is_small(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether this call of an attention module is below `SMALL`. What does not look like such a call is not small."""
+    x = args[0] if args else kwargs.get("hidden_states")
+    context = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+    if not isinstance(x, torch.Tensor) or x.ndim < 3:
+        return False
+    keys = context.shape[1] if isinstance(context, torch.Tensor) and context.ndim == 3 else 0
+    tokens = x.shape[1] if x.ndim == 3 else x.shape[2:].numel()
+    return x.numel() * max(keys, tokens) < SMALL  # joint attention sees both; of the two alone the larger one is meant
 
 
 class FusedAttention:
@@ -37,7 +51,8 @@ class FusedAttention:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         backend = getattr(self.processor, "_attention_backend", None)  # type: ignore[attr-defined]
-        if torch.compiler.is_compiling() or backend not in (None, "native"):  # compiled code is torch's; a chosen backend stays
+        # Compiled code is torch's; a chosen backend stays.
+        if torch.compiler.is_compiling() or backend not in (None, "native") or _is_small(args, kwargs):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         with _ours:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
