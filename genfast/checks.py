@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any, NamedTuple
-
-import numpy as np
 
 
 class Rule(NamedTuple):
@@ -33,7 +32,7 @@ def settle(options: Any, rules: Mapping[str, Rule]) -> None:
 
 def plain(value: Any) -> Any:
     """Numbers of numpy, which overflow and which JSON does not take, as Python's; lists as tuples."""
-    if isinstance(value, np.generic):
+    if _of_numpy(value, "generic"):
         return value.item()
     return tuple(map(plain, value)) if isinstance(value, tuple | list) else value
 
@@ -85,7 +84,7 @@ def choice(*names: str) -> Rule:
 
 
 def flag() -> Rule:
-    return Rule("True or False", lambda value: isinstance(value, bool | np.bool_))
+    return Rule("True or False", lambda value: isinstance(value, bool) or _of_numpy(value, "bool_"))
 
 
 def instance(kind: type) -> Rule:
@@ -112,4 +111,10 @@ def each(rule: Rule, count: int | None = None) -> Rule:
 
 
 def _is(value: Any, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool | np.bool_)
+    return isinstance(value, kind) and not isinstance(value, bool) and not _of_numpy(value, "bool_")
+
+
+def _of_numpy(value: Any, kind: str) -> bool:
+    """Whether ``value`` is of this class of numpy, which is not imported for the question: without it nothing is."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, getattr(numpy, kind))

@@ -33,33 +33,41 @@ def _data(arguments: argparse.Namespace) -> None:
         print(data.fetch(arguments.name, arguments.source))
 
 
+def _run(arguments: argparse.Namespace) -> Any:
+    from genfast.train import Run
+
+    names = ("seed", "sample_every", "checkpoint_every", "validate_every", "max_minutes", "impl")
+    return Run(arguments.out, **{name: value for name, value in vars(arguments).items() if name in names})
+
+
 def _train_diffusion(arguments: argparse.Namespace) -> None:
     import torch
 
-    from genfast import data, schedules
+    from genfast import data
     from genfast.checks import check, whole
     from genfast.device import usable
     from genfast.models import UNet, UNetConfig
-    from genfast.train import diffusion, train_diffusion
+    from genfast.train import DiffusionTraining, train_diffusion
 
-    check(diffusion.RANGES | {"warmup": whole(0, arguments.steps)}, vars(arguments))  # before a data set is fetched
+    given = vars(arguments)
+    names = ("steps", "batch", "prediction", "noise", "min_snr", "label_dropout", "lr", "lr_schedule", "warmup", "ema", "autocast")
+    options, run = DiffusionTraining(**{name: given[name] for name in names}), _run(arguments)  # before a data set is fetched
     device, classes = usable(arguments.device), data.dataset(arguments.data).classes
-    noise = getattr(schedules, arguments.noise)()
     config = UNetConfig(channels=tuple(arguments.channels), blocks=tuple(arguments.blocks), attention=tuple(map(bool, arguments.attention)),
-                        num_classes=len(classes), time_scale=1000.0 if noise.kind == "flow" else 1.0)  # fmt: skip
+                        num_classes=len(classes), time_scale=1000.0 if options.process.kind == "flow" else 1.0)  # fmt: skip
     data.fetch(arguments.data)
-    everything = data.load(arguments.data)
-    check({"--validation": whole(1, len(everything[0]) - 1)}, {"--validation": arguments.validation})
-    (images, labels), validation = data.hold_out(*everything, arguments.validation)
+    images, labels = data.load(arguments.data)
+    check({"--validation": whole(1, len(images) - 1)}, {"--validation": arguments.validation})
+    samples, validation = data.ArraySamples(images, labels, classes).hold_out(arguments.validation)
     torch.manual_seed(arguments.seed)  # of the initial weights; the training draws are counter-based
-    last = train_diffusion(
-        UNet(config).to(device), images, labels, validation=validation, about={"data": arguments.data, "classes": classes},
-        out=arguments.out, steps=arguments.steps, batch=arguments.batch, seed=arguments.seed, prediction=arguments.prediction, noise=noise,
-        min_snr=arguments.min_snr, label_dropout=arguments.label_dropout, lr=arguments.lr, lr_schedule=arguments.lr_schedule,
-        warmup=arguments.warmup, ema=arguments.ema, autocast=arguments.autocast, impl=arguments.impl,
-        checkpoint_every=arguments.checkpoint_every, sample_every=arguments.sample_every,
-    )  # fmt: skip
-    print(json.dumps(last))
+    about = {"data": arguments.data, "classes": classes}
+    _report(run, train_diffusion(UNet(config).to(device), samples, options, run, validation=validation, about=about))
+
+
+def _report(run: Any, row: Any) -> None:
+    print(json.dumps(row))
+    if run.stopped:
+        print(f"genfast: {run.stopped}", file=sys.stderr)
 
 
 def _train_gan(arguments: argparse.Namespace) -> None:
@@ -67,21 +75,23 @@ def _train_gan(arguments: argparse.Namespace) -> None:
     import torch
 
     from genfast import data
-    from genfast.checks import check
     from genfast.device import usable
     from genfast.models import generators
-    from genfast.train import Objective, gan, train_gan
+    from genfast.train import GANTraining, Objective, train_gan
 
     given = argparse.Namespace(**{**_GAN_DEFAULTS[arguments.model], **vars(arguments)})
     if len(given.lr) > 2:
         raise ValueError(f"--lr: got {len(given.lr)} numbers, supported: one for both networks, or the generator's and the discriminator's")
     given.lr = given.lr[0] if len(given.lr) == 1 else tuple(given.lr)
-    check(gan.RANGES, vars(given))  # before a data set is fetched
-    device = usable(given.device)
     objective = Objective(
         given.loss, r1=given.r1, r2=given.r2, gradient_penalty=given.gradient_penalty, center=given.center,
         path_length=given.path_length, path_shrink=given.path_shrink, d_every=given.d_every, g_every=given.g_every,
     )  # fmt: skip
+    options, run = (
+        GANTraining(given.steps, given.batch, objective, given.critic_steps, given.lr, tuple(given.betas), given.ema),
+        _run(given),
+    )
+    device = usable(given.device)
     data.fetch(given.data)
     images, _ = data.load(given.data)
     size = images.shape[-1] if given.size is None else given.size
@@ -94,15 +104,10 @@ def _train_gan(arguments: argparse.Namespace) -> None:
         shape["channel_base"] = given.channels * size
     family = generators.FAMILIES[given.model]
     config = family.config(**shape)
-    images = np.pad(images, [(0, 0)] * (images.ndim - 2) + [(border, border)] * 2)
+    samples = data.ArraySamples(np.pad(images, [(0, 0)] * (images.ndim - 2) + [(border, border)] * 2))
     torch.manual_seed(given.seed)  # of the initial weights; the training draws are counter-based
-    last = train_gan(
-        family.generator(config, given.impl).to(device), family.discriminator(config, given.impl).to(device), images,
-        about={"data": given.data}, objective=objective, out=given.out, steps=given.steps, batch=given.batch, seed=given.seed,
-        critic_steps=given.critic_steps, lr=given.lr, betas=tuple(given.betas),
-        ema=given.ema, capture=given.capture, impl=given.impl, checkpoint_every=given.checkpoint_every, sample_every=given.sample_every,
-    )  # fmt: skip
-    print(json.dumps(last))
+    networks = family.generator(config, given.impl).to(device), family.discriminator(config, given.impl).to(device)
+    _report(run, train_gan(*networks, samples, options, run, capture=given.capture, about={"data": given.data}))
 
 
 # What `train gan` takes where an option is not given, by model.
@@ -241,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--blocks", type=int, nargs="+", default=[1, 2, 1], help="residual blocks of each level")
     add("--attention", type=int, nargs="+", choices=[0, 1], default=[0, 0, 1], help="1: self-attention in this level")
     add("--prediction", choices=["epsilon", "v", "x0", "flow"], default="v", help="what the network returns")
-    add("--noise", choices=["cosine", "linear", "scaled_linear", "flow"], default="cosine", help="noise process")
+    add("--noise", choices=["cosine", "linear", "scaled_linear", "flow"], help="noise process; that of the prediction when not given")
     add("--min-snr", type=float, help="gamma of min-SNR weighting (5 is usual); off when not given")
     add("--label-dropout", type=float, default=0.1, help="share of labels dropped, for guidance")
     add("--lr", type=float, default=1e-3, help="peak learning rate")
@@ -253,6 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", help="where to run; cuda if torch sees one, else cpu, when not given")
     add("--checkpoint-every", type=int, default=500, help="steps")
     add("--sample-every", type=int, default=0, help="steps between sample grids; 0: none")
+    add("--max-minutes", type=float, default=float("inf"), help="save and end after so many minutes; the same command continues")
     diffusion.set_defaults(run=_train_diffusion)
 
     gan = train.add_parser("gan", help="a generator against a discriminator", formatter_class=formatter)
@@ -286,6 +292,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", help="where to run; cuda if torch sees one, else cpu, when not given")
     add("--checkpoint-every", type=int, default=500, help="steps")
     add("--sample-every", type=int, default=0, help="steps between sample grids; 0: none")
+    add("--max-minutes", type=float, default=float("inf"), help="save and end after so many minutes; the same command continues")
     gan.set_defaults(run=_train_gan)
 
     sample = commands.add_parser("sample", help="draw pictures: a row a label, a column a seed", formatter_class=formatter)

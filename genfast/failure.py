@@ -17,15 +17,16 @@ MENDABLE = (ValueError, RuntimeError, OSError, ArithmeticError, ImportError, Mem
 def guarded(command: Callable[[], object], interrupted: str = "interrupted") -> int:
     """Call ``command`` and return the process's exit status: 0, 2 for a failure that a user can mend, 1 for a fault in genfast.
 
-    130 stands for Ctrl-C, answered by the sentence ``interrupted``, and 141 for a reader of the output that has gone. Each but the
-    last is one line on stderr. With GENFAST_DEBUG=1 in the environment the traceback comes before it.
+    130 stands for Ctrl-C and 143 for SIGTERM, answered by what the exception says or the sentence ``interrupted``, and 141 for a reader
+    of the output that has gone. Each but the last is one line on stderr, and with GENFAST_DEBUG=1 in the environment the traceback
+    comes before it.
     """
     plain, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"genfast: warning: {_line(str(message))}\n"
     try:
         command()
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        return _end(interrupted, 130)
+    except KeyboardInterrupt as error:
+        return _end(str(error) or interrupted, getattr(error, "status", 130))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere
         return 141

@@ -49,7 +49,14 @@ def pack(tensors: Mapping[str, Tensor], key: str, words: Any) -> bytes:
     The checksum is that of the file with 64 zeros in the checksum's place.
     """
     text = json.dumps({"sha256": _BLANK, "words": words})
-    content = save({name: t.detach().contiguous() for name, t in tensors.items()}, {key: text})  # one key: safetensors shuffles several
+    apart: dict[str, Tensor] = {}
+    seen = set()
+    for name, t in tensors.items():
+        whole = t.detach().contiguous()
+        memory = whole.untyped_storage().data_ptr()
+        apart[name] = whole.clone() if memory in seen else whole  # safetensors takes no two names of the same memory, such as tied weights
+        seen.add(memory)
+    content = save(apart, {key: text})  # one key: safetensors shuffles several
     return content.replace(_BLANK.encode(), hashlib.sha256(content).hexdigest().encode(), 1)
 
 

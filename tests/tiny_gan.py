@@ -13,7 +13,7 @@ from torch import nn
 from genfast.models import DCGANConfig
 from genfast.models.generators import FAMILIES
 from genfast.models.stylegan2 import StyleGAN2Config
-from genfast.train import Objective, train_gan
+from genfast.train import GANTraining, Objective, Run, train_gan
 
 CONFIG = DCGANConfig(size=8, latent=4, channels=6, discriminator_norm=False)
 # Everything there is: a lazy penalty of each kind, lazy path lengths.
@@ -27,11 +27,12 @@ def run(out: Path, config: DCGANConfig | StyleGAN2Config = CONFIG, **changes: An
     torch.manual_seed(0)
     family = next(family for family in FAMILIES.values() if isinstance(config, family.config))
     generator, discriminator = family.generator(config), family.discriminator(config)
-    options: dict[str, Any] = {
+    values: dict[str, Any] = {
         "steps": STEPS, "batch": 8, "checkpoint_every": 4, "log_every": 5, "critic_steps": 2, "objective": OBJECTIVE, "progress": False
     }  # fmt: skip
-    images, _ = tiny_run.pictures()
-    return generator, train_gan(generator, discriminator, images, out=out, **{**options, **changes})
+    options, bookkeeping, objects = tiny_run.pick({**values, **changes}, GANTraining, Run)
+    samples = tiny_run.samples()
+    return generator, train_gan(generator, discriminator, samples, GANTraining(**options), Run(out, **bookkeeping), **objects)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from genfast.data import ArraySamples
 from genfast.models import UNet, UNetConfig
-from genfast.train import train_diffusion
+from genfast.train import DiffusionTraining, Run, train_diffusion
 
 CONFIG = UNetConfig(channels=(8, 16), blocks=(1, 1), attention=(False, True), head_dim=8, num_classes=3)
 STEPS = 60
@@ -31,15 +33,25 @@ def pictures(count: int = 50) -> tuple[np.ndarray, np.ndarray]:
     return images.astype(np.uint8), labels
 
 
+def samples(count: int = 50) -> ArraySamples:
+    return ArraySamples(*pictures(count))
+
+
+def pick(values: dict[str, Any], *kinds: type) -> list[dict[str, Any]]:
+    """What belongs to the fields of each of these dataclasses, and last the rest."""
+    parts = [{name: values[name] for name in values if name in {field.name for field in fields(kind)}} for kind in kinds]
+    return [*parts, {name: value for name, value in values.items() if not any(name in part for part in parts)}]
+
+
 def run(out: Path, **changes: Any) -> tuple[UNet, dict[str, Any]]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     net = UNet(CONFIG)
-    images, labels = pictures()
-    options: dict[str, Any] = {"steps": STEPS, "batch": 8, "checkpoint_every": 4, "log_every": 5, "validate_every": 20}
+    values: dict[str, Any] = {"steps": STEPS, "batch": 8, "checkpoint_every": 4, "log_every": 5, "validate_every": 20}
     steps = changes.get("steps", STEPS)
-    options |= {"validation": pictures(12), "warmup": min(5, steps) if isinstance(steps, int) else 5, "progress": False}
-    return net, train_diffusion(net, images, labels, out=out, **{**options, **changes})
+    values |= {"validation": samples(12), "warmup": min(5, steps) if isinstance(steps, int) else 5, "progress": False, **changes}
+    options, bookkeeping, objects = pick(values, DiffusionTraining, Run)
+    return net, train_diffusion(net, samples(), DiffusionTraining(**options), Run(out, **bookkeeping), **objects)
 
 
 def assert_same_bits(straight: Path, other: Path) -> None:

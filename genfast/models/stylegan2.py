@@ -12,8 +12,8 @@ from genfast.models import pyramid
 from genfast.models.pyramid import Pyramid
 from genfast.nn.impl import NAMESPACES, check_impl
 from genfast.nn.style import EqualizedConv2d, EqualizedLinear, ModulatedConv2d, ResidualDown
+from genfast.streams import MODEL_NOISE
 
-MODEL_NOISE = 3  # stream of docs/noise.md
 USES = 4  # draws d, d + 4, d + 8, ... of one use: latents, the latents mixed in, where they begin, then the layers' noise
 
 RANGES = pyramid.RANGES | {"mapping_layers": whole(1), "mixing": between(0, 1), "stddev_group": whole(1)}

@@ -12,10 +12,10 @@ from torch import Tensor
 from genfast import ops, reference
 from genfast.ops._checks import check_seeds, refusal
 from genfast.schedules import Point
+from genfast.streams import BROWNIAN
 
 from .plan import Plan
 
-STREAM = 6  # docs/noise.md
 DEPTH = 10  # halvings of an octave; times closer than 2^-10 of it may share a leaf, whose bridge has one normal for all of them
 LOWEST, HIGHEST = -20, 20  # octaves [2^(e - 1), 2^e] for e above LOWEST; [0, 2^LOWEST] is the last one
 
@@ -72,7 +72,7 @@ class BrownianPath:
 
     def _term(self, node: int, coefficient: float) -> Tensor:
         # A product and a sum rounded apart: add_(alpha=) may fuse them on a GPU
-        term: Tensor = self._normal(self.seeds, self.shape, draw=node, stream=STREAM)
+        term: Tensor = self._normal(self.seeds, self.shape, draw=node, stream=BROWNIAN)
         return term.mul_(coefficient)
 
 

@@ -1,7 +1,8 @@
 """Training loops, one flat function a family."""
 
 from genfast.train.adversarial import AdversarialStep, Objective
-from genfast.train.diffusion import train_diffusion
-from genfast.train.gan import train_gan
+from genfast.train.diffusion import DiffusionTraining, train_diffusion
+from genfast.train.gan import GANTraining, train_gan
+from genfast.train.run import Run
 
-__all__ = ["AdversarialStep", "Objective", "train_diffusion", "train_gan"]
+__all__ = ["AdversarialStep", "DiffusionTraining", "GANTraining", "Objective", "Run", "train_diffusion", "train_gan"]

@@ -269,7 +269,7 @@ class AdversarialStep:
             sums.zero_()
         return means
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Everything training continues from, by name: networks, averages, Adam's moments and steps, the mean path length."""
         tensors = {f"{name}/{key}": t for name, network in self.networks.items() for key, t in network.state_dict().items()}
         tensors |= {f"average/{name}": t for name, t in self.average.items()} | {"path_mean": self.path_mean}
@@ -279,9 +279,9 @@ class AdversarialStep:
         return tensors
 
     @torch.no_grad()
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up what `state` gave, in place. Raises ValueError, and changes nothing, unless it is of such networks."""
-        mine = self.state()
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `state_dict` gave, in place. Raises ValueError, and changes nothing, unless it is of such networks."""
+        mine = self.state_dict()
         check_fits(tensors, {name: t.shape for name, t in mine.items() if not name.startswith("adam/")} | self._saved_by_adam(tensors))
         for name, optimizer in self.optimizers.items():
             for key, parameter in self.networks[name].named_parameters():

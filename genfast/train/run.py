@@ -1,64 +1,262 @@
-"""What every training run does: the order of its data, its log, and the comparison of its configuration with what it continues."""
+"""What every training run does besides its arithmetic: its directory, log, checkpoints, pictures, and how it stops and continues."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import warnings
-from collections.abc import Collection, Mapping
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
-from genfast.checks import plain, shown
+from genfast.checks import above_or_infinite, check, choice, flag, plain, settle, shown, whole
 from genfast.files import write_atomically
-from genfast.train.checkpoint import read_checkpoint, write_checkpoint
+from genfast.streams import MOST_SEED, RUN, VALIDATION
+from genfast.train.checkpoint import Stateful, flatten, keep_copies, read_checkpoint, restore, write_checkpoint
+from genfast.train.directory import Row, accept, check_foreign, plot_log, read_log
+from genfast.train.lock import hold
 
-# Streams of docs/noise.md. Every random number of a run is a function of (run seed, global sample number).
-TIMES, NOISE, MODEL_NOISE, LABELS, ORDER = 1, 2, 3, 4, 5
-VALIDATION = 2**39  # the first sample number of the validation draws, out of reach of training
 MOST = 2**30  # steps, images a step, steps between what is written
-MOST_SEED = 2**23 - 1  # seeds of samples are seed * 2**40 + number, below 2**63
 
-Images = NDArray[np.uint8]
-
-
-class DataOrder:
-    """Which image each sample of a run is: every epoch a new order of all of them."""
-
-    def __init__(self, rng: Any, seed: int, count: int) -> None:
-        self.rng, self.seed, self.count = rng, seed, count
-        self._epoch, self._order = -1, np.empty(0, np.int64)
-
-    def __call__(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The indices of the images of the samples with these global numbers."""
-        chosen = np.empty(len(numbers), np.int64)
-        epochs = numbers // self.count
-        for epoch in np.unique(epochs):
-            if epoch != self._epoch:
-                self._epoch, self._order = int(epoch), epoch_order(self.rng, self.seed, int(epoch), self.count)
-            mine = epochs == epoch
-            chosen[mine] = self._order[numbers[mine] % self.count]
-        return chosen
+RANGES = {
+    "seed": whole(0, MOST_SEED),
+    "log_every": whole(1, MOST),
+    "validate_every": whole(1, MOST),
+    "sample_every": whole(0, MOST),
+    "checkpoint_every": whole(1, MOST),
+    "keep_last": whole(0, MOST),
+    "keep_best": flag(),
+    "patience": whole(0, MOST),
+    "max_minutes": above_or_infinite(0),
+    "impl": choice("fused", "reference"),
+    "progress": flag(),
+}
 
 
-def sample_seeds(seed: int, numbers: NDArray[np.int64]) -> Tensor:
-    """The seeds of the samples with these global numbers, in a run with this seed."""
-    return torch.from_numpy(numbers + seed * 2**40)
+class Stopped(KeyboardInterrupt):
+    """A signal ended a run in good order: everything is saved. ``status`` is the process's exit status."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
 
 
-def described(config: Mapping[str, Any]) -> dict[str, Any]:
+@dataclass
+class Run:
+    """Where a run lives and how often it writes. It decides no bit of the weights except by ``seed``."""
+
+    out: str | Path  # directory of everything written; an interrupted run there is continued
+    seed: int = 0  # of the run: initial weights, data order and every draw follow from it
+    log_every: int = 50  # steps between rows of log.jsonl
+    validate_every: int = 500  # steps between validation losses, of the averaged weights
+    sample_every: int = 0  # steps between pictures of the averaged weights; 0: none
+    checkpoint_every: int = 500  # steps between checkpoints
+    keep_last: int = 0  # checkpoints that stay as checkpoint-STEP.safetensors, the newest so many
+    keep_best: bool = False  # keep the averaged weights of the lowest validation loss as best.safetensors
+    patience: int = 0  # validation losses in a row above the lowest one before the run ends early; 0: it never does
+    max_minutes: float = math.inf  # minutes, after which the run saves and ends, to be continued by the same command
+    impl: Literal["fused", "reference"] = "fused"  # of the noise; the bits are the same
+    progress: bool = True  # a progress bar on stderr
+
+    def __post_init__(self) -> None:
+        settle(self, RANGES)
+        self.rng: Any = import_module("genfast.reference.noise" if self.impl == "reference" else "genfast.ops.noise")
+        self.directory, self.config, self.objects, self.rows = Path(), Row(), dict[str, Stateful](), list[Row]()
+        self.step = self.done = self.total = 0  # the step in hand, steps done, steps wanted
+        self.stopped = ""  # why the run ended before its last step, as a sentence
+        self.save_weights: Callable[[Path], None] = lambda path: None
+
+    @contextmanager
+    def begin(
+        self,
+        options: Any,  # the trainer's dataclass; its ``steps`` may differ from those of the run that is continued where ``extend`` says so
+        more: Mapping[str, Any],  # whatever else decides the bits, as JSON: configurations of networks, digest of the data, device
+        objects: Mapping[str, Stateful],  # what the run continues from; restored in place
+        save_weights: Callable[[Path], None],  # writes the averaged weights for sampling
+        extend: bool,  # no step of the run depends on how many there will be
+    ) -> Iterator[None]:
+        """Own the directory for the length of the with block; an interrupted run there is restored.
+
+        Raises ValueError if another process owns it, or it holds a run with another configuration or something else.
+        """
+        self.config = described({**vars(options), **more, "seed": self.seed})
+        self.objects, self.save_weights, self.stopped = {**objects}, save_weights, ""
+        with hold(self.out) as self.directory, caught_signals() as self._signals:
+            found = read_checkpoint(self.directory / "checkpoint.safetensors")
+            self.done = 0 if found is None else accept(self.directory, found[1], self.config, extend)
+            if found is None:
+                check_foreign(self.directory, self.config)
+            rows = read_log(self.directory / "log.jsonl", self.done)
+            if found is not None:
+                restore(objects, found[0], found[1]["objects"])
+            self.rows = rows
+            write_atomically(self.directory / "config.json", json.dumps(self.config, indent=1).encode())
+            write_atomically(self.directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+            yield
+
+    def steps(self, total: int) -> Iterator[int]:
+        """The steps that are left of ``total``; between two of them the run saves, where that is due, and stops, where it has to."""
+        self.total, self._started, self._samples = total, time.perf_counter(), 0
+        self._pending: dict[str, list[tuple[int, Any]]] = {}
+        bar = tqdm(total=total, initial=self.done, unit="step", disable=not self.progress, mininterval=1.0, dynamic_ncols=True)
+        with bar:
+            self._bar = bar
+            while self.done < total and not self._out_of_patience():
+                self.step = self.done
+                yield self.step
+                self.done += 1
+                bar.update()
+                late = time.perf_counter() - self._started > 60 * self.max_minutes
+                if self.due(self.checkpoint_every) or self._signals or late or self._out_of_patience():
+                    self._save()
+                if self.done == total or self._out_of_patience():
+                    return
+                if self._signals:
+                    text = f"interrupted; the same command continues the run in {self.out}"
+                    raise Stopped(text, 128 + self._signals[0])
+                if late:
+                    self.stopped = f"stopped after {self.max_minutes:g} minutes at step {self.done} of {total}; "
+                    self.stopped += f"the same command continues the run in {self.out}"
+                    return
+
+    def due(self, every: int) -> bool:
+        """Whether the step in hand ends with what comes every ``every`` steps (0: never), and after the last one."""
+        return every > 0 and ((self.step + 1) % every == 0 or self.step + 1 == self.total)
+
+    def numbers(self, step: int, batch: int) -> NDArray[np.int64]:
+        """The global numbers of the samples of a step, ``batch`` of them."""
+        self._samples += batch
+        return np.arange(step * batch, (step + 1) * batch)
+
+    def seeds(self, numbers: NDArray[np.int64]) -> Tensor:
+        """The seeds of the samples with these global numbers, from which everything random about them follows."""
+        return torch.from_numpy(numbers + self.seed * RUN)
+
+    def log(self, **values: Tensor | float) -> None:
+        """Note what the step in hand reports. A row has the mean of each tensor since the row before, and the last of each number.
+
+        Tensors on a GPU stay there until a row is due. Raises FloatingPointError for the first value that is not finite.
+        """
+        for name, value in values.items():
+            value = value.detach() if isinstance(value, Tensor) else value
+            if isinstance(value, Tensor) and not value.is_cuda:
+                value = value.double()
+                self._check_finite(name, value, self.step)
+            self._pending.setdefault(name, []).append((self.step, value))
+        if not self.due(self.log_every):
+            return
+        row: Row = {"step": self.step + 1}
+        for name, pairs in self._pending.items():
+            for step, value in pairs:
+                self._check_finite(name, value, step)
+            numbers = [float(value) for _, value in pairs]
+            row[name] = sum(numbers) / len(numbers) if isinstance(pairs[-1][1], Tensor) else numbers[-1]
+        self._pending.clear()
+        self._bar.set_postfix({name: f"{value:.4f}" for name, value in row.items() if name.endswith("loss")}, refresh=False)
+        self._append(row | {"images_per_second": round(self._samples / (time.perf_counter() - self._started), 1)})
+
+    def validated(self, loss: float) -> None:
+        """Take in a validation loss of the averaged weights."""
+        best = min((row["validation_loss"] for row in self.rows if "validation_loss" in row), default=math.inf)
+        self._append({"step": self.step + 1, "validation_loss": loss})
+        if self.keep_best and loss < best:
+            self.save_weights(self.directory / "best.safetensors")
+        plot_log(self.rows, self.directory / "loss.png")
+
+    def picture(self, content: bytes) -> None:
+        """Write a PNG of samples drawn after the step in hand, and plot the log beside it."""
+        write_atomically(self.directory / f"samples-{self.step + 1:06d}.png", content)
+        plot_log(self.rows, self.directory / "loss.png")
+
+    def finish(self) -> Row:
+        """End the run: the averaged weights as ema.safetensors, unless it was stopped. Returns the last row of the log."""
+        if not self.stopped:
+            self.save_weights(self.directory / "ema.safetensors")
+        plot_log(self.rows, self.directory / "loss.png")
+        return self.rows[-1] if self.rows else {}
+
+    def _save(self) -> None:
+        """Write what the run continues from. Raises FloatingPointError, and leaves the last checkpoint, if any of it is not finite."""
+        tensors, structure = flatten(self.objects)
+        for name, tensor in tensors.items():
+            self._check_finite(name, tensor, self.step)
+        words = {"step": self.done, "config": self.config, "threads": torch.get_num_threads(), "torch": torch.__version__}
+        path = self.directory / "checkpoint.safetensors"
+        write_checkpoint(path, tensors, words | {"objects": structure})
+        if self.keep_last:
+            keep_copies(path, self.done, self.keep_last)
+
+    def _check_finite(self, name: str, value: Tensor | float, step: int) -> None:
+        if not torch.as_tensor(value).isfinite().all():
+            got = f" ({float(value)})" if torch.as_tensor(value).ndim == 0 else ""
+            raise FloatingPointError(
+                f"step {step}: {name}{got} is not finite; {self.directory} keeps the last good state; "
+                "try a smaller lr or float32 in another directory"
+            )
+
+    def _out_of_patience(self) -> bool:
+        if not self.patience:
+            return False
+        losses = [row["validation_loss"] for row in self.rows if "validation_loss" in row]
+        return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.patience
+
+    def _append(self, row: Row) -> None:
+        """Add a row to the log. Raises OSError that names the file."""
+        self.rows.append(row)
+        path = self.directory / "log.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:  # a write does not know its file
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """The SIGINT or SIGTERM that came within the with block; a second one ends the process as it does elsewhere."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # which alone can take signals
+        yield received
+        return
+
+    def note(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check_length(samples: int, name: str) -> None:
+    """Raises ValueError unless so many training samples have numbers of their own, apart from those of validation."""
+    check({name: whole(1, VALIDATION)}, {name: samples})
+
+
+def described(config: Mapping[str, Any]) -> Row:
     """A configuration as it comes back from JSON, where tuples are lists."""
-    described: dict[str, Any] = json.loads(json.dumps({name: plain(value) for name, value in config.items()}))
+    described: Row = json.loads(json.dumps({name: plain(value) for name, value in config.items()}))
     return described
 
 
-def check_words(words: Mapping[str, Any] | None, taken: Collection[str] = ()) -> None:
+def check_words(words: Mapping[str, Any] | None, taken: Sequence[str] = ()) -> None:
     """Raises ValueError unless the words to save with the weights are JSON-able and none of their names is ``taken``."""
     if words is None:
         return
@@ -73,126 +271,8 @@ def check_words(words: Mapping[str, Any] | None, taken: Collection[str] = ()) ->
 
 
 def digest(*arrays: NDArray[Any] | None) -> str:
+    """The SHA-256 of arrays, their dtypes and shapes."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(b"none" if array is None else f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
-
-
-def save_checkpoint(out: Path, step: int, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write what the run in ``out`` continues from after ``step`` steps."""
-    state = {"step": step, "config": config, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    write_checkpoint(out / "checkpoint.safetensors", tensors, state)
-
-
-def load_checkpoint(out: Path, config: dict[str, Any]) -> tuple[dict[str, Tensor], int] | None:
-    """(tensors on the CPU, steps done) of the run in ``out``, or None. Raises ValueError if it has another configuration."""
-    path = out / "checkpoint.safetensors"
-    found = read_checkpoint(path)
-    if found is None:
-        _check_foreign(out, config)
-        return None
-    tensors, state = found
-    if not ({"step", "config", "threads"} <= state.keys() and isinstance(state["step"], int) and isinstance(state["config"], dict)):
-        raise ValueError(f"checkpoint: got {path}, which was not written by a training run; choose another directory")
-    if state["config"].keys() != config.keys():
-        raise ValueError(f"out: got {out}, which holds a run of another trainer or version, supported: a directory of its own")
-    if (difference := _difference(config, state["config"])) is not None:
-        key, mine, other = difference
-        raise ValueError(
-            f"{key}: got {shown(mine)}, but the run in {out} has {shown(other)}; continue it with the same arguments, "
-            "or choose another directory"
-        )
-    if state["threads"] != torch.get_num_threads():
-        warnings.warn(
-            f"threads: the run in {out} had {state['threads']}, this process has {torch.get_num_threads()}; "
-            "it continues, but its bits may differ from those of an uninterrupted run",
-            stacklevel=3,
-        )
-    return tensors, state["step"]
-
-
-def _difference(mine: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first entry in which two configurations differ, down to the entries of entries: (name, mine, the other's)."""
-    for key in [*mine, *other]:
-        a, b = mine.get(key), other.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            if (inner := _difference(a, b)) is not None:
-                return f"{key}.{inner[0]}", *inner[1:]
-        elif a != b:
-            return key, a, b
-    return None
-
-
-def read_log(path: Path, step: int) -> list[dict[str, Any]]:
-    """Rows of the log up to ``step``; what a killed run logged after its last checkpoint will be written again.
-
-    The last line may be incomplete, because a run can be killed while writing it. Raises ValueError for any other line that is no row.
-    """
-    rows = []
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row["step"], int):
-                raise TypeError
-        except (ValueError, KeyError, TypeError):  # a line that is not UTF-8 is a ValueError too
-            if number == len(lines):  # nothing follows its last line break in a whole log
-                break
-            raise ValueError(f"log: line {number} of {path} is damaged or not of a training run; move the file away to continue") from None
-        rows.append(row)
-    return [row for row in rows if row["step"] <= step]
-
-
-def _check_foreign(out: Path, config: Mapping[str, Any]) -> None:
-    """Raises ValueError if ``out`` holds a config.json that no run of this kind has written, which the run would replace."""
-    path = out / "config.json"
-    try:
-        found = json.loads(path.read_bytes()) if path.exists() else config
-    except ValueError:
-        found = None
-    if not isinstance(found, Mapping) or found.keys() != config.keys():
-        raise ValueError(f"out: got {out}, whose config.json belongs to something else, supported: a directory of its own for each run")
-
-
-def write_start(out: Path, config: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
-    """The first files of a run that starts or continues."""
-    write_atomically(out / "config.json", json.dumps(config, indent=1).encode())
-    write_atomically(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-def append(path: Path, rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
-    """Add a row to the log. Raises OSError that names the file."""
-    rows.append(row)
-    try:
-        with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-    except OSError as error:  # a write does not know its file
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def epoch_order(rng: Any, seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """The order of the data in an epoch: images sorted by a uniform number of their own, drawn with draw = epoch."""
-    keys = rng.uniform(torch.arange(count) + seed * 2**40, (count, 1), draw=epoch, stream=ORDER)[:, 0].numpy()
-    order: NDArray[np.int64] = np.argsort(keys, kind="stable")
-    return order
-
-
-def plot_log(rows: list[dict[str, Any]], path: Path, keys: Mapping[str, str], label: str, scale: str = "linear") -> None:
-    """Plot ``keys`` (name: line style) of log.jsonl over the steps as PNG; without matplotlib nothing is drawn."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel=label, yscale=scale)
-    for key, style in keys.items():
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1, label=key.replace("_", " "))
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    content = io.BytesIO()
-    figure.savefig(content, dpi=120, format="png")
-    write_atomically(path, content.getvalue())

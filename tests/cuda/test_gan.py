@@ -50,7 +50,7 @@ def test_a_captured_step_equals_the_eager_one(family: str, config: Any, objectiv
                 step.ema_weight.fill_(1 / (1 + k))
                 step.run(objective.discriminator_phases(k))
                 step.run(objective.generator_phases(k))
-            states.append(({**step.state()}, step.take_means()))
+            states.append(({**step.state_dict()}, step.take_means()))
     finally:
         torch.backends.cudnn.deterministic = before
     (eager, means), (captured, captured_means) = states
@@ -73,4 +73,4 @@ def test_a_captured_step_in_bfloat16_learns(family: str, config: Any, objective:
             step.take_means()
     means = step.take_means()
     assert means["d_real"] > means["d_fake"] + 0.5
-    assert all(t.isfinite().all() for t in step.state().values())
+    assert all(t.isfinite().all() for t in step.state_dict().values())

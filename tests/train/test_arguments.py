@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,23 @@ import torch
 
 from genfast import models, schedules
 from genfast.checks import Rule, check, shown
+from genfast.data import ArraySamples
 from genfast.models import DCGANConfig, UNetConfig, dcgan, pyramid, r3gan, stylegan2, unet
 from genfast.models.r3gan import R3GANConfig
 from genfast.models.stylegan2 import StyleGAN2Config
-from genfast.train import AdversarialStep, Objective, adversarial, diffusion, gan, train_diffusion, train_gan
+from genfast.train import (
+    AdversarialStep,
+    DiffusionTraining,
+    GANTraining,
+    Objective,
+    Run,
+    adversarial,
+    diffusion,
+    gan,
+    train_diffusion,
+    train_gan,
+)
+from genfast.train import run as bookkeeping
 
 NAN, INF = math.nan, math.inf
 COUNTS = [0, -1, 1.0, 1.5, NAN, "1", None, True, [1], np.float64(2)]  # of what is wanted at least once
@@ -32,42 +44,50 @@ PAIRS = [0.9, (0.9,), (0.9, 0.9, 0.9), (0.9, 1), (-0.1, 0.9), (NAN, 0.9), ("0", 
 SHARES = [-0.1, 1.1, NAN, INF, "0.1", None, True]
 
 DIFFUSION: dict[str, list[Any]] = {
-    "steps": COUNTS, "batch": COUNTS, "seed": [-1, 2**23, 1.0, NAN, "0", None, True], "prediction": NAMES, "min_snr": [*RATES[:6], True],
+    "steps": COUNTS, "batch": COUNTS, "prediction": NAMES, "min_snr": [*RATES[:6], True], "noise": [*NAMES[:2], 0, True, "edm", "cosines"],
     "label_dropout": SHARES, "lr": RATES, "lr_schedule": [*NAMES, "linear", "Cosine"], "warmup": [-1, 61, 1.5, NAN, None, True],
     "betas": PAIRS, "weight_decay": [-1, NAN, INF, "0", None, True], "clip_grad": [0, -1, NAN, -INF, "1", None, True],
     "ema": [0, -0.1, 0.28, 1, NAN, INF, "0.1", None, True], "autocast": ["float16", "bf16", torch.bfloat16, "", True, 0],
-    "log_every": COUNTS, "validate_every": COUNTS, "checkpoint_every": COUNTS, "sample_every": [-1, 1.5, NAN, "1", None, True],
-    "impl": [*NAMES, "cuda"], "progress": FLAGS,
 }  # fmt: skip
 GAN: dict[str, list[Any]] = {
-    "steps": COUNTS, "batch": COUNTS, "seed": DIFFUSION["seed"], "objective": ["wgan", None, Objective], "critic_steps": COUNTS,
-    "lr": [*RATES, (1e-3,), (1e-3, 0), (NAN, 1e-3), (1e-3, 1e-3, 1e-3)], "betas": PAIRS, "ema": DIFFUSION["ema"], "capture": FLAGS,
-    "log_every": COUNTS, "checkpoint_every": COUNTS, "sample_every": DIFFUSION["sample_every"], "impl": [*NAMES, "cuda"], "progress": FLAGS,
+    "steps": COUNTS, "batch": COUNTS, "objective": ["wgan", None, Objective], "critic_steps": COUNTS,
+    "lr": [*RATES, (1e-3,), (1e-3, 0), (NAN, 1e-3), (1e-3, 1e-3, 1e-3)], "betas": PAIRS, "ema": DIFFUSION["ema"],
 }  # fmt: skip
-# What is given as an object of its own and checked as such.
-OBJECTS = {
-    train_diffusion: {"net", "images", "labels", "out", "noise", "validation", "about"},
-    train_gan: {"generator", "discriminator", "images", "out", "about"},
-    AdversarialStep.__init__: {"self", "generator", "discriminator"},
-}
+RUN: dict[str, list[Any]] = {
+    "seed": [-1, 2**23, 1.0, NAN, "0", None, True], "log_every": COUNTS, "validate_every": COUNTS, "checkpoint_every": COUNTS,
+    "sample_every": [-1, 1.5, NAN, "1", None, True], "keep_last": [-1, 1.5, None, True], "keep_best": FLAGS, "patience": [-1, 0.5, None],
+    "max_minutes": [0, -1, NAN, "1", None, True], "impl": [*NAMES, "cuda"], "progress": FLAGS,
+}  # fmt: skip
 
 
 def pairs(table: dict[str, list[Any]]) -> list[Any]:
     return [pytest.param(name, value, id=f"{name}={shown(value)}") for name, values in table.items() for value in values]
 
 
-@pytest.mark.parametrize(
-    ("function", "rules"),
-    [(train_diffusion, diffusion.RANGES), (train_gan, gan.RANGES), (AdversarialStep.__init__, adversarial.STEP_RANGES)],
-)
-def test_every_argument_of_a_trainer_has_a_rule(function: Callable[..., Any], rules: dict[str, Rule]) -> None:
-    parameters = inspect.signature(function).parameters
-    assert rules.keys() == parameters.keys() - OBJECTS[function]
-    for name in rules:  # which its default follows
+def test_every_argument_of_the_adversarial_step_has_a_rule() -> None:
+    parameters = inspect.signature(AdversarialStep.__init__).parameters
+    assert adversarial.STEP_RANGES.keys() == parameters.keys() - {"self", "generator", "discriminator"}
+    for name in adversarial.STEP_RANGES:  # which its default follows
         if parameters[name].default is not inspect.Parameter.empty:
-            check(rules, {name: parameters[name].default})
-    tables: dict[Any, Any] = {train_diffusion: DIFFUSION, train_gan: GAN}
-    assert tables.get(function, rules).keys() == rules.keys()
+            check(adversarial.STEP_RANGES, {name: parameters[name].default})
+
+
+@pytest.mark.parametrize(
+    ("kind", "rules", "table", "objects"),
+    [
+        (DiffusionTraining, diffusion.RANGES, DIFFUSION, {"noise"}),
+        (GANTraining, gan.RANGES, GAN, set()),
+        (Run, bookkeeping.RANGES, RUN, {"out"}),
+    ],
+)
+def test_every_option_of_a_trainer_has_a_rule_a_comment_and_a_bad_value(
+    kind: Any, rules: dict[str, Rule], table: dict[str, list[Any]], objects: set[str]
+) -> None:
+    names = {field.name for field in fields(kind)}
+    assert rules.keys() == names - objects and table.keys() == names - {"out"}
+    for line in inspect.getsource(kind).splitlines():
+        if (name := line.strip().partition(":")[0]) in names and line.startswith("    " + name):
+            assert "  # " in line, line
 
 
 @pytest.mark.parametrize(
@@ -85,14 +105,14 @@ def test_every_field_of_a_configuration_has_a_rule(config: Any, rules: dict[str,
     assert rules.keys() == {field.name for field in fields(config)}
 
 
-@pytest.mark.parametrize(("name", "value"), pairs(DIFFUSION))
+@pytest.mark.parametrize(("name", "value"), pairs(DIFFUSION | RUN))
 def test_diffusion_refuses(tmp_path: Path, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"^{name}: got .*, supported: "):
         tiny_run.run(tmp_path / "out", **{name: value})
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("name", "value"), pairs(GAN))
+@pytest.mark.parametrize(("name", "value"), pairs(GAN | RUN))
 def test_gan_refuses(tmp_path: Path, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"^{name}: got .*, supported: "):
         tiny_gan.run(tmp_path / "out", **{name: value})
@@ -171,13 +191,13 @@ def test_the_adversarial_step_refuses_foreign_phases_inputs_and_states() -> None
     with pytest.raises(ValueError, match=r"z_d: got torch.int64, supported: torch.float32"):
         step.load(z_d=torch.zeros(4, 2, dtype=torch.int64))
     step.run(["discriminator", "generator"])
-    state = {name: t.clone() for name, t in step.state().items()}
+    state = {name: t.clone() for name, t in step.state_dict().items()}
     for damage in ("generator/weight", "average/bias", "adam/discriminator/weight/exp_avg"):
         for wrong in ({k: t for k, t in state.items() if k != damage}, state | {damage: torch.zeros(7)}):
             with pytest.raises(ValueError, match=f"checkpoint: got .* for {damage}, supported by this run: shape"):
-                step.restore({name: t + 1 if t.is_floating_point() else t for name, t in wrong.items()})
-            assert all(torch.equal(t, state[name]) for name, t in step.state().items())
-    step.restore(state)
+                step.load_state_dict({name: t + 1 if t.is_floating_point() else t for name, t in wrong.items()})
+            assert all(torch.equal(t, state[name]) for name, t in step.state_dict().items())
+    step.load_state_dict(state)
 
 
 @pytest.mark.parametrize(
@@ -186,15 +206,11 @@ def test_the_adversarial_step_refuses_foreign_phases_inputs_and_states() -> None
         ({"about": {"prediction": "v"}}, r"about: got 'prediction', which training writes itself"),
         ({"about": {"net": torch.zeros(2)}}, r"about: got a value that JSON cannot hold"),
         ({"about": {1: "a"}}, r"about: got .*, supported: a dictionary by strings"),
-        ({"noise": "cosine"}, r"noise: got 'cosine', supported: a process of genfast.schedules"),
+        ({"noise": "cosines"}, r"noise: got 'cosines', supported: 'cosine', .* or a process of genfast.schedules"),
         ({"noise": schedules.cosine}, r"noise: got <function"),
-        ({"validation": np.zeros((2, 8, 8), np.uint8)}, r"validation: got a ndarray, supported: None, or a pair"),
-        ({"validation": (torch.zeros(2, 8, 8, dtype=torch.uint8), None)}, r"validation: got a Tensor, supported: a numpy array, uint8"),
-        ({"validation": (np.zeros((2, 8, 0), np.uint8), None)}, r"validation: got uint8 of shape \(2, 8, 0\)"),
-        ({"validation": (np.zeros((2, 8, 8), np.uint8), np.array([0.0, 1.5]))}, r"labels of validation: got float64"),
-        ({"validation": (np.zeros((2, 8, 8), np.uint8), np.array([True, False]))}, r"labels of validation: got bool"),
-        ({"validation": (np.zeros((2, 8, 8), np.uint8), [0, 1])}, r"labels of validation: got a list"),
-        ({"validation": (np.zeros((2, 8, 8), np.uint8), np.array([0]))}, r"labels of validation: got shape \(1,\)"),
+        ({"validation": np.zeros((2, 8, 8), np.uint8)}, r"validation: got a ndarray, supported: samples of genfast.data"),
+        ({"validation": (np.zeros((2, 8, 8), np.uint8), None)}, r"validation: got a tuple, supported: samples of genfast.data"),
+        ({"validation": ArraySamples(np.zeros((2, 8, 8), np.uint8), np.array([0, 3]))}, r"validation: got 4 classes, supported .*: 3"),
         ({"steps": 2**20, "batch": 2**20}, r"steps \* batch: got 1099511627776"),
         ({"out": ""}, r"out: got '', supported: the path of a directory"),
     ],
@@ -206,20 +222,41 @@ def test_diffusion_refuses_objects(tmp_path: Path, changes: dict[str, Any], mess
 
 
 def test_networks_of_another_kind_are_refused(tmp_path: Path) -> None:
-    images, labels = tiny_run.pictures()
+    samples, run = tiny_run.samples(), Run(tmp_path / "out")
     with pytest.raises(ValueError, match=r"net: got a Conv2d, supported: a genfast.models.UNet"):
-        train_diffusion(torch.nn.Conv2d(1, 1, 3), images, out=tmp_path / "out", steps=1)  # type: ignore[arg-type]
+        train_diffusion(torch.nn.Conv2d(1, 1, 3), samples, DiffusionTraining(), run)  # type: ignore[arg-type]
     free = models.UNet(UNetConfig(channels=(8,), blocks=(1,), attention=(False,), num_classes=0))
-    with pytest.raises(ValueError, match=r"labels of images: got labels, supported: None, as this network has num_classes=0"):
-        train_diffusion(free, images, labels, out=tmp_path / "out", steps=1)
+    with pytest.raises(ValueError, match=r"samples: got 3 classes, supported by this network: 0"):
+        train_diffusion(free, samples, DiffusionTraining(), run)
     generator, discriminator = models.Generator(tiny_gan.CONFIG), models.Discriminator(tiny_gan.CONFIG)
     for a, b, name in ((generator, generator, "discriminator"), (torch.nn.Linear(4, 4), discriminator, "generator")):
         with pytest.raises(ValueError, match=rf"{name}: got a \w+, supported: the {name} of a family"):
-            train_gan(a, b, images, out=tmp_path / "out", steps=1)
+            train_gan(a, b, samples, GANTraining(), run)
     style = [getattr(stylegan2, name)(tiny_gan.STYLE) for name in ("Generator", "Discriminator")]
     with pytest.raises(ValueError, match=r"batch: got 6, supported by this discriminator: 1 to 4, or a multiple of 4"):
-        train_gan(*style, images, out=tmp_path / "out", steps=1, batch=6)
+        train_gan(*style, samples, GANTraining(batch=6), run)
+    for images in (tiny_run.pictures()[0], None):
+        with pytest.raises(ValueError, match=r"samples: got a \w+, supported: samples of genfast.data"):
+            train_gan(generator, discriminator, images, GANTraining(), run)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (torch.zeros(2, 8, 8, dtype=torch.uint8), None, r"images: got a Tensor, supported: a numpy array, uint8"),
+        (np.zeros((2, 8, 0), np.uint8), None, r"images: got uint8 of shape \(2, 8, 0\)"),
+        (np.zeros((2, 8, 8), np.float32), None, r"images: got float32"),
+        (np.zeros((2, 8, 8), np.uint8), np.array([0.0, 1.5]), r"labels: got float64"),
+        (np.zeros((2, 8, 8), np.uint8), np.array([True, False]), r"labels: got bool"),
+        (np.zeros((2, 8, 8), np.uint8), [0, 1], r"labels: got a list"),
+        (np.zeros((2, 8, 8), np.uint8), np.array([0]), r"labels: got shape \(1,\)"),
+        (np.zeros((2, 8, 8), np.uint8), np.array([0, -1]), r"labels: got shape \(2,\), from -1 to 0"),
+    ],
+)
+def test_arrays_that_are_no_samples_are_refused(images: Any, labels: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ArraySamples(images, labels)
 
 
 def test_numbers_of_numpy_and_lists_are_as_good(tmp_path: Path) -> None:
@@ -271,10 +308,11 @@ def test_arrays_train_alike_however_they_lie_in_memory(tmp_path: Path, kind: str
         torch.manual_seed(0)
         net = models.UNet(tiny_run.CONFIG)
         given = labels[:12] if out == "a" else held[:12]
-        options: dict[str, Any] = {"steps": 5, "batch": 8, "warmup": 2, "validation": (v, given), "validate_every": 2, "progress": False}
-        train_diffusion(net, x, y, out=tmp_path / out, **options)
+        options, validation = DiffusionTraining(steps=5, batch=8, warmup=2), ArraySamples(v, given)
+        run = Run(tmp_path / out, validate_every=2, progress=False)
+        train_diffusion(net, ArraySamples(x, y), options, run, validation=validation)
         generator, discriminator = models.Generator(tiny_gan.CONFIG), models.Discriminator(tiny_gan.CONFIG)
-        train_gan(generator, discriminator, x, out=tmp_path / f"gan-{out}", steps=3, batch=8, progress=False)
+        train_gan(generator, discriminator, ArraySamples(x), GANTraining(3, 8), Run(tmp_path / f"gan-{out}", progress=False))
     tiny_run.assert_same_bits(tmp_path / "a", tmp_path / "b")
     tiny_run.assert_same_bits(tmp_path / "gan-a", tmp_path / "gan-b")
     rows = [[json.loads(line).get("validation_loss") for line in (tmp_path / o / "log.jsonl").read_text().splitlines()] for o in "ab"]

@@ -9,6 +9,7 @@ import tiny_run
 import torch
 
 from genfast import models, schedules
+from genfast.data import ArraySamples
 from genfast.reference import noise as rng
 from genfast.train import diffusion
 from genfast.train.diffusion import diffusion_loss
@@ -106,7 +107,7 @@ def test_every_draw_belongs_to_its_sample(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_an_infinite_loss_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = diffusion.diffusion_loss
     monkeypatch.setattr(diffusion, "diffusion_loss", lambda *args, **options: real(*args, **options) * float("nan"))
-    with pytest.raises(FloatingPointError, match="step 0: the loss is nan and the norm of the gradient nan, both must be finite"):
+    with pytest.raises(FloatingPointError, match=r"step 0: loss \(nan\) is not finite; .* keeps the last good state"):
         tiny_run.run(tmp_path)
     assert not (tmp_path / "checkpoint.safetensors").exists()
 
@@ -133,13 +134,11 @@ def test_flow_and_bfloat16_train(tmp_path: Path) -> None:
         ({"prediction": "flow", "noise": schedules.cosine(10)}, r"noise: got 'cosine' with prediction='flow'"),
         ({"noise": schedules.edm()}, r"noise: got 'edm'"),
         ({"ema": 0.9}, r"ema: got 0.9"),
-        ({"validation": (np.zeros((2, 8, 8), np.float32), None)}, r"validation: got float32"),
         (
-            {"validation": (np.zeros((2, 3, 8, 8), np.uint8), None)},
-            r"validation: got shape \(2, 3, 8, 8\), supported by this network: 1 channels",
+            {"validation": ArraySamples(np.zeros((2, 3, 8, 8), np.uint8))},
+            r"validation: got samples of shape \(3, 8, 8\), supported by this network: 1 channels",
         ),
-        ({"validation": (np.zeros((2, 8, 9), np.uint8), None)}, r"sides divisible by 2"),
-        ({"validation": (np.zeros((2, 8, 8), np.uint8), np.array([0, 3]))}, r"labels of validation: got shape \(2,\), from 0 to 3"),
+        ({"validation": ArraySamples(np.zeros((2, 8, 9), np.uint8))}, r"sides divisible by 2"),
     ],
 )
 def test_bad_arguments_are_sentences_and_nothing_is_written(tmp_path: Path, changes: dict[str, object], message: str) -> None:

@@ -155,7 +155,7 @@ def test_compiled_phases_equal_eager_ones(networks: str, buffer: str, monkeypatc
         step = AdversarialStep(*pair, (BATCH, 1, 8, 8), LATENT, objective, lr=LR, betas=BETAS, compile=compile)
         for k in range(3):
             take(step, k, 1 / (1 + k), filled(step, k))
-        states.append(step.state())
+        states.append(step.state_dict())
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
     assert any(buffer in name for name in states[0])

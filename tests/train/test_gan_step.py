@@ -311,7 +311,7 @@ def test_adam_reads_a_gradient_where_its_parameter_lies(layout: torch.memory_for
         for k in range(2):
             step.load(**filled(step, k))
             step.run(["discriminator", "generator"])
-            step.restore({name: t.clone(memory_format=torch.contiguous_format) for name, t in step.state().items()})
+            step.load_state_dict({name: t.clone(memory_format=torch.contiguous_format) for name, t in step.state_dict().items()})
         weights.append(first.weight)
     torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-12)
 
@@ -404,7 +404,7 @@ def test_one_recording_of_a_phase_serves_every_step(networks: str, body: str, re
         states = []
         for k in range(9):
             take(step, k, 1 / (1 + k), filled(step, k))
-            states.append({name: t.clone() for name, t in {**step.state(), **step.sums}.items()})
+            states.append({name: t.clone() for name, t in {**step.state_dict(), **step.sums}.items()})
         results.append((states, step.take_means(), step))
     (plain, means, _), (captured, captured_means, step) = results
     assert means == captured_means and len(plain[0]) > 20
@@ -412,7 +412,7 @@ def test_one_recording_of_a_phase_serves_every_step(networks: str, body: str, re
         assert [name for name in a if not torch.equal(a[name], b[name])] == [], k
     replays = {name: graph.replays for name, graph in step._graphs.items()}  # type: ignore[attr-defined]
     assert replays == {"discriminator": 8, "penalty": 4, "generator": 8, "path_length": 2, "average": 8}
-    step.restore({name: t.clone() for name, t in step.state().items()})
+    step.load_state_dict({name: t.clone() for name, t in step.state_dict().items()})
     assert not step._graphs
 
 

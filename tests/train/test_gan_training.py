@@ -99,8 +99,8 @@ def test_a_run_is_what_its_directory_says(tmp_path: Path, straight: Path, monkey
         path.name for path in straight.iterdir()
     }
     before = load_file(straight / "checkpoint.safetensors")
-    assert before["adam/generator/layers.1.conv.weight/step"] == 40 + 20
-    assert before["adam/discriminator/layers.0.conv.weight/step"] == 80 + 27
+    assert before["step/adam/generator/layers.1.conv.weight/step"] == 40 + 20
+    assert before["step/adam/discriminator/layers.0.conv.weight/step"] == 80 + 27
     with monkeypatch.context() as patch:
         patch.setattr(AdversarialStep, "run", None)
         assert tiny_gan.run(straight)[1] == rows[-1]  # a finished run returns at once

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from genfast.checks import Rule, above, check
 
@@ -36,3 +38,31 @@ def power_weight(step: int, gamma: float) -> float:
 def update(average: Iterable[Tensor], weights: Iterable[Tensor], step: int, gamma: float) -> None:
     """Fold the weights after optimizer step ``step`` into the average, in place: average = lerp(average, weights, `power_weight`)."""
     torch._foreach_lerp_(list(average), list(weights), power_weight(step, gamma))
+
+
+class Average:
+    """The power-function average of a network's parameters and buffers, as a network of its own: ``net``, in eval mode.
+
+    ``width`` is the relative width of the profile (`power_gamma`). Integers, such as the count of a batch norm, are copied.
+    """
+
+    def __init__(self, net: nn.Module, width: float) -> None:
+        self.net: Any = copy.deepcopy(net).eval().requires_grad_(False)
+        self.gamma = power_gamma(width)
+
+    @torch.no_grad()
+    def update(self, net: nn.Module, step: int) -> None:
+        """Fold in the weights of ``net`` after optimizer step ``step`` (1 is the first)."""
+        pairs = [*zip(self.net.state_dict().values(), net.state_dict().values(), strict=True)]
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        update([a for a, _ in floats], [b for _, b in floats], step, self.gamma)
+        for a, b in pairs:
+            if not a.is_floating_point():
+                a.copy_(b)
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = self.net.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.net.load_state_dict(state)
