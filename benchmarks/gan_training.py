@@ -20,12 +20,13 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks import gan_composites, timing
 from benchmarks.timing import Options, Row
+from genfast.impl import NAMESPACES
 from genfast.models.dcgan import DCGANConfig
-from genfast.models.generators import FAMILIES
+from genfast.models.families import FAMILIES
 from genfast.models.r3gan import ResidualBlock
 from genfast.models.stylegan2 import StyleGAN2Config
-from genfast.nn.impl import NAMESPACES
-from genfast.train.adversarial import AVERAGE, DISCRIMINATOR, GENERATOR, PATH, PENALTY, AdversarialStep, Objective, gradient_penalty
+from genfast.train.adversarial import AVERAGE, DISCRIMINATOR, GENERATOR, PATH, PENALTY, AdversarialStep, Objective
+from genfast.train.objectives import gradient_penalty
 
 NAMESPACES["grouped"] = gan_composites
 Call = Callable[[], Any]
@@ -162,7 +163,8 @@ def time_network(which: str, backward: bool, m: Machine, peak: float) -> list[Ro
     for impl in ("fused", "reference", "grouped"):
         torch.manual_seed(0)
         family = FAMILIES["stylegan2"]
-        network = (family.generator if which == "generator" else family.discriminator)(config, impl)
+        make: Any = family.build if which == "generator" else family.critic
+        network = make(config, impl)
         made[impl] = network.to(device).eval()  # eval: the average of w stands still
     target = torch.randn_like(made["fused"](x))
 
@@ -262,7 +264,7 @@ def time_step(family: str, variants: dict[str, dict[str, Any]], m: Machine, peak
 
     def step(impl: str, **options: Any) -> AdversarialStep:
         torch.manual_seed(0)
-        networks = (FAMILIES[family].generator(config, impl), FAMILIES[family].discriminator(config, impl))
+        networks = FAMILIES[family].pair(config, impl)
         g, d = (network.to(m.device).train() for network in networks)
         made = AdversarialStep(g, d, shape, config.latent, objective, lr=0.0, **options)  # lr 0: the timed step does not drift
         draw = torch.Generator().manual_seed(1)

@@ -15,7 +15,8 @@ from benchmarks.cases import STEPS
 from benchmarks.gan_training import flop
 from benchmarks.timing import Options, Row
 from genfast import Sampler, ops
-from genfast.train import pictures
+from genfast.generate import open_model
+from genfast.models.denoising import denoiser_of
 
 
 def stock_loop(net: Any, labels: Tensor, noise: Tensor) -> Callable[[], Tensor]:
@@ -41,7 +42,8 @@ def stock_loop(net: Any, labels: Tensor, noise: Tensor) -> Callable[[], Tensor]:
 
 def time_sampling(device: str, threads: int, command: str, quick: bool, batch: int) -> list[Row]:
     """The shipped model, 20 steps of DPM++ 2M with guidance: microseconds per step, network included."""
-    denoiser, about = pictures.load_denoiser(device=device)
+    model = open_model(device=device)
+    denoiser, about = denoiser_of(model), model.about
     shape = (batch, 1, *about["size"])
     labels = torch.arange(batch, device=device) % len(about["classes"])
     cond, uncond = {"y": labels}, {"y": torch.full_like(labels, denoiser.net.null_label)}  # type: ignore[attr-defined]

@@ -76,7 +76,7 @@ def _train_gan(arguments: argparse.Namespace) -> None:
 
     from genfast import data
     from genfast.device import usable
-    from genfast.models import generators
+    from genfast.models import FAMILIES
     from genfast.train import GANTraining, Objective, train_gan
 
     given = argparse.Namespace(**{**_GAN_DEFAULTS[arguments.model], **vars(arguments)})
@@ -102,12 +102,13 @@ def _train_gan(arguments: argparse.Namespace) -> None:
         shape |= {"channels": given.channels, "discriminator_norm": not objective.penalises}
     else:
         shape["channel_base"] = given.channels * size
-    family = generators.FAMILIES[given.model]
+    family = FAMILIES[given.model]
     config = family.config(**shape)
     samples = data.ArraySamples(np.pad(images, [(0, 0)] * (images.ndim - 2) + [(border, border)] * 2))
     torch.manual_seed(given.seed)  # of the initial weights; the training draws are counter-based
-    networks = family.generator(config, given.impl).to(device), family.discriminator(config, given.impl).to(device)
-    _report(run, train_gan(*networks, samples, options, run, capture=given.capture, about={"data": given.data}))
+    generator, discriminator = family.pair(config, given.impl)
+    generator, discriminator = generator.to(device), discriminator.to(device)
+    _report(run, train_gan(generator, discriminator, samples, options, run, capture=given.capture, about={"data": given.data}))
 
 
 # What `train gan` takes where an option is not given, by model.
@@ -136,45 +137,27 @@ def _border(images: NDArray[np.uint8], size: int) -> int:
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    from genfast.checks import check, finite
+    from genfast import __version__
     from genfast.device import usable
-    from genfast.files import write_atomically
-    from genfast.samplers import Sampler
-    from genfast.train import pictures
+    from genfast.generate import SHIPPED, generate, open_model
+    from genfast.media import pictures
+    from genfast.request import Request, SamplingOptions, every
 
-    kind = _picture_format(arguments.out)
-    check({"--guidance-scale": finite()}, {"--guidance-scale": arguments.guidance_scale})
-    device = usable(arguments.device)
-    denoiser, about = pictures.load_denoiser(arguments.weights or pictures.SHIPPED, device)
-    classes = about.get("classes", [])
-    labels = range(max(1, len(classes))) if arguments.labels is None else [_label(word, classes) for word in arguments.labels.split(",")]
-    seeds = _numbers(arguments.seeds, MOST_PICTURES // len(labels))
-    if "size" not in about:
-        raise ValueError(f"--weights: got {arguments.weights}, which does not say the size of its pictures, supported: a trained network")
-    sampler = Sampler(
-        arguments.solver,
-        steps=arguments.steps,
-        sigmas=arguments.sigmas,
-        guidance_scale=arguments.guidance_scale if classes else 1.0,
-        impl=arguments.impl,
-    )
-    x = pictures.draw(denoiser, sampler, labels, seeds, about["size"])
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    picture = pictures.grid(x, len(seeds), [classes[label] for label in labels] if classes else ())
-    write_atomically(arguments.out, pictures.encoded(picture, kind))
+    pictures.format_of(arguments.out)
+    names = ("solver", "steps", "sigmas", "guidance_scale", "impl")
+    options, device = SamplingOptions(**{name: getattr(arguments, name) for name in names}), usable(arguments.device)
+    model = open_model(arguments.weights or SHIPPED, device, arguments.impl)
+    if not model.classes and arguments.labels is not None:
+        raise ValueError(f"--labels: got {arguments.labels!r}, supported: none, because this model has no classes")
+    words = range(len(model.classes)) if arguments.labels is None else [_label(w, model.classes) for w in arguments.labels.split(",")]
+    seeds = _numbers(arguments.seeds, MOST_PICTURES // max(1, len(words)))
+    request = every(words, seeds, options) if model.classes else Request(seeds, None, options)
+    rows = [model.classes[label] for label in words]
+    files = [f"{seed:06d}" for seed in seeds]
+    files = [f"{row.replace(' ', '-').lower()}-{file}" for row in rows for file in files] if rows else files
+    provenance = {"genfast": __version__, "weights": str(model.path), "seeds": arguments.seeds, "labels": rows, **vars(options)}
+    pictures.write(arguments.out, generate(model, request), len(seeds) if rows else min(8, len(seeds)), rows, files, provenance)
     print(arguments.out)
-
-
-def _picture_format(path: Path) -> str:
-    """The format that Pillow writes under this name. Raises ValueError if there is none or a folder has the name."""
-    from PIL import Image
-
-    known = {suffix: kind for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE}
-    if path.suffix.lower() not in known:
-        raise ValueError(f"--out: got {str(path)!r}, supported: the name of a picture, such as samples.png")
-    if path.is_dir():
-        raise ValueError(f"--out: got {str(path)!r}, which is a folder, supported: the name of a picture, such as samples.png")
-    return known[path.suffix.lower()]
 
 
 def _label(word: str, classes: Sequence[str]) -> int:
@@ -297,8 +280,8 @@ def _parser() -> argparse.ArgumentParser:
 
     sample = commands.add_parser("sample", help="draw pictures: a row a label, a column a seed", formatter_class=formatter)
     add = sample.add_argument
-    add("--weights", type=Path, help="what training saved as ema.safetensors; the shipped Fashion-MNIST model when not given")
-    add("--out", type=Path, default=Path("samples.png"), help="the PNG to write")
+    add("--weights", type=Path, help="what training saved, or the run's directory; the shipped Fashion-MNIST model when not given")
+    add("--out", type=Path, default=Path("samples.png"), help="the picture to write, or a folder for a file of each")
     add("--labels", help="names or numbers of classes, comma-separated; all when not given")
     add("--seeds", default="0-7", help="seeds, such as 0-7 or 3,5,8-9")
     add("--solver", default="dpmpp_2m", help="a name in genfast.samplers.SOLVERS")

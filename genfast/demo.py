@@ -8,21 +8,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import genfast.ops
-import genfast.reference
 from genfast.device import usable
 from genfast.failure import Parser, guarded
+from genfast.files import write_atomically
+from genfast.generate import generate, open_model
+from genfast.impl import NAMESPACES
+from genfast.media import encoded, grid
+from genfast.models import Model
+from genfast.models.denoising import denoiser_of
+from genfast.request import SamplingOptions, every
 from genfast.samplers import Denoiser, Sampler
-from genfast.train import pictures
 
 COLUMNS, STEPS, GUIDANCE, SOLVER = 8, 20, 2.5, "dpmpp_2m"
-NAMESPACES: dict[str, ModuleType] = {"fused": genfast.ops, "reference": genfast.reference}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,23 +34,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", help="where to run; cuda if torch sees one, else cpu, when not given")
     arguments = parser.parse_args(argv)
 
-    device = usable(arguments.device)
-    denoiser, about = pictures.load_denoiser(device=device)
-    classes: list[str] = about["classes"]
-    print(f"{len(classes)} classes x {COLUMNS} seeds: {SOLVER}, {STEPS} steps, guidance {GUIDANCE}, on {device}")
-    x = pictures.draw(denoiser, _sampler(denoiser), range(len(classes)), range(COLUMNS), about["size"])
+    model = open_model(device=usable(arguments.device))
+    classes = model.classes
+    print(f"{len(classes)} classes x {COLUMNS} seeds: {SOLVER}, {STEPS} steps, guidance {GUIDANCE}, on {model.device}")
+    x = generate(model, every(range(len(classes)), range(COLUMNS), SamplingOptions(SOLVER, STEPS, guidance_scale=GUIDANCE)))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    pictures.grid(x, COLUMNS, classes).save(arguments.out)
+    write_atomically(arguments.out, encoded(grid(x, COLUMNS, classes)))
     print(f"wrote {arguments.out}\n")
-    compare(denoiser, len(classes), about["size"])
+    compare(model)
     return 0
 
 
-def compare(denoiser: Denoiser, classes: int, size: Sequence[int], rounds: int = 3) -> None:
+def compare(model: Model, rounds: int = 3) -> None:
     """Print what fused and reference cost and how far apart their samples are, one image a class with the same seeds."""
+    classes, size, denoiser = len(model.classes), model.about["size"], denoiser_of(model)
+    labels = torch.arange(classes, device=model.device)
+    null, shape = torch.full_like(labels, model.net.null_label), (classes, model.net.config.image_channels, *size)
     samplers = {impl: _sampler(denoiser, progress=False, impl=impl) for impl in ("fused", "reference")}
-    pictures.draw(denoiser, samplers["fused"], range(classes), [0], size)  # warms up; not counted
-    draws = {impl: partial(pictures.draw, denoiser, sampler, range(classes), [0], size) for impl, sampler in samplers.items()}
+    draws = {impl: partial(sampler, denoiser, shape, seeds=[0] * classes, cond=labels, uncond=null) for impl, sampler in samplers.items()}
+    draws["fused"]()  # warms up; not counted
     whole, samples = _interleaved(draws, rounds)
     steps, _ = _interleaved({impl: _step_alone(denoiser, impl, classes * COLUMNS, size) for impl in samplers}, 20 * rounds)
 

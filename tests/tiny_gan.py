@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from genfast.models import DCGANConfig
-from genfast.models.generators import FAMILIES
+from genfast.models.families import FAMILIES
 from genfast.models.stylegan2 import StyleGAN2Config
 from genfast.train import GANTraining, Objective, Run, train_gan
 
@@ -26,7 +26,7 @@ def run(out: Path, config: DCGANConfig | StyleGAN2Config = CONFIG, **changes: An
     torch.set_num_threads(1)
     torch.manual_seed(0)
     family = next(family for family in FAMILIES.values() if isinstance(config, family.config))
-    generator, discriminator = family.generator(config), family.discriminator(config)
+    generator, discriminator = family.build(config), family.critic(config)
     values: dict[str, Any] = {
         "steps": STEPS, "batch": 8, "checkpoint_every": 4, "log_every": 5, "critic_steps": 2, "objective": OBJECTIVE, "progress": False
     }  # fmt: skip

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from genfast.checks import choice, flag, settle, whole
+from genfast.impl import check_impl
+from genfast.models.family import Family, from_latents
 from genfast.models.pyramid import DTYPES
 from genfast.nn.conv import ConvBlock
-from genfast.nn.impl import check_impl
 from genfast.nn.plain import call
 
 RANGES = {
@@ -147,3 +148,6 @@ def _initialise_alone(module: nn.Module) -> None:
     """Without a norm behind it a convolution must keep the variance itself (He et al. 2015, section 2.2)."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, 0.2)
+
+
+FAMILY = Family(DCGANConfig, Generator, from_latents, critic=Discriminator)

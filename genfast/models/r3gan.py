@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from genfast import ops
 from genfast.checks import settle, whole
+from genfast.impl import NAMESPACES, check_impl
 from genfast.models import pyramid
+from genfast.models.family import Family, from_latents
 from genfast.models.pyramid import Pyramid
-from genfast.nn.impl import NAMESPACES, check_impl
 
 TAPS = (1.0, 2.0, 1.0)  # of bilinear resampling
 LRELU_GAIN = math.sqrt(2 / (1 + 0.2**2))  # keeps the second moment through a leaky ReLU (He et al. 2015, equation 15)
@@ -165,3 +166,6 @@ class Discriminator(nn.Module):
             x = blocks(x.to(config.dtype(side, wide)))
         features = F.conv2d(x.to(wide), self.basis, groups=config.channels(4)).flatten(1)
         return F.linear(features, self.logit)[:, 0].to(wide)
+
+
+FAMILY = Family(R3GANConfig, Generator, from_latents, critic=Discriminator)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from genfast.checks import between, settle, whole
+from genfast.impl import NAMESPACES, check_impl
 from genfast.models import pyramid
+from genfast.models.family import Family, from_latents
 from genfast.models.pyramid import Pyramid
-from genfast.nn.impl import NAMESPACES, check_impl
 from genfast.nn.style import EqualizedConv2d, EqualizedLinear, ModulatedConv2d, ResidualDown
 from genfast.streams import MODEL_NOISE
 
@@ -170,3 +171,11 @@ class Discriminator(nn.Module):
         x = NAMESPACES[self.impl].minibatch_stddev(x.to(wide), config.stddev_group)
         logits: Tensor = self.logit(self.hidden(self.last(x).flatten(1)))
         return logits[:, 0].to(wide)
+
+
+FAMILY = Family(
+    StyleGAN2Config,
+    Generator,
+    lambda model, request: from_latents(model, request, truncation=request.options.truncation),
+    critic=Discriminator,
+)

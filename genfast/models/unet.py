@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from genfast.checks import above, each, flag, settle, whole
-from genfast.models import store
+from genfast.models.denoising import from_noise
+from genfast.models.family import Family
 from genfast.nn import AttentionBlock, Downsample, ResBlock, TimeEmbedding, Upsample
 from genfast.nn.layers import group_norm, zero_
 
@@ -125,21 +124,4 @@ def _run(block: nn.ModuleList, h: Tensor, embedding: Tensor) -> Tensor:
     return h
 
 
-def save(net: UNet, path: str | Path, state: dict[str, Tensor] | None = None, **about: Any) -> None:
-    """Write weights and configuration as one safetensors file, float32; an old file is replaced only once the new one is whole.
-
-    ``state`` replaces the network's own weights (an average of them, say). ``about`` is any JSON-able description of how to use
-    the weights (prediction, noise process, class names, ...); `load` returns it.
-    """
-    store.write(path, state or net.state_dict(), "unet", asdict(net.config), about)
-
-
-def load(path: str | Path) -> tuple[UNet, dict[str, Any]]:
-    """Rebuild a network that `save` wrote, on the CPU in eval mode: (network, about).
-
-    Raises FileNotFoundError if there is no such file, ValueError if it is not one of ours or is damaged.
-    """
-    _, tensors, config, about = store.read(path, ["unet"], "a U-Net")
-    net = store.rebuild(path, lambda: UNet(UNetConfig(**config)), tensors)
-    assert isinstance(net, UNet)
-    return net, about
+FAMILY = Family(UNetConfig, lambda config, impl: UNet(config), from_noise)

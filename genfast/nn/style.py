@@ -2,7 +2,7 @@
 
 Parameters stay in their own dtype, float32 as a rule; a layer computes and answers in the dtype of what it is given. Parameters are stored
 at a scale of their own, so that Adam's step does not depend on the layer's size (Karras et al. 2018, section 4.1) and ``lr`` makes a
-layer learn slower. ``impl``: of `genfast.nn.impl.NAMESPACES`.
+layer learn slower. ``impl``: of `genfast.impl.NAMESPACES`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfast import ops
-from genfast.nn.impl import NAMESPACES
+from genfast.impl import NAMESPACES
 
 
 class EqualizedLinear(nn.Module):

@@ -7,13 +7,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from genfast import ops, reference
+from genfast.impl import NAMESPACES, check_impl
 from genfast.ops._checks import check_dtype, versions
 from genfast.reference.solver_step import layout_of, rescale_factor
 from genfast.schedules import Grid, NoiseSchedule, Point, Sigmas, grid
@@ -29,7 +28,6 @@ from .solvers import Solver, find_solver, make_plan
 
 Callback = Callable[[int, float, Tensor, Tensor], None]
 
-_NAMESPACES: dict[str, ModuleType] = {"fused": ops, "reference": reference}
 _CHANNELS_LAST = {torch.channels_last: 4, torch.channels_last_3d: 5}
 _START = math.exp(5.1)  # sigma / alpha where the default grid of an epsilon network begins: docs/clipping.md
 _GROWTH = 15.0  # what a step may multiply the network's error by without a warning
@@ -83,8 +81,7 @@ class Sampler:
         **options: Any,
     ) -> None:
         find_solver(solver, options)
-        if impl not in _NAMESPACES:
-            raise ValueError(f"impl: got {impl!r}, supported: fused, reference")
+        check_impl(impl)
         if clip is not None and not clip > 0:
             raise ValueError(f"clip: got {clip}, supported: None or a number above 0")
         if threshold is not None and not 0 < threshold <= 1:
@@ -297,7 +294,7 @@ class Run:
         shape, device, mask = call.shape, call.device, call.mask
         self.sampler, self.den, self.device = sampler, den, device
         self.batch, self.generator, self.conditions = shape[0], call.generator, call.conditions
-        self.namespace = _NAMESPACES[sampler.impl]
+        self.namespace = NAMESPACES[sampler.impl]
         self.rescale, self.threshold = sampler.guidance_rescale != 0, sampler.threshold is not None
         self.denoised_slot = None if mask is None else plan.slots
         input_dtype = den.input_dtype(sampler.dtype)

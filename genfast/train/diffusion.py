@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,13 +15,17 @@ from torch import Tensor, nn
 from genfast import schedules
 from genfast.checks import above, above_or_infinite, at_least, check, choice, decay, each, optional, settle, share, shown, whole
 from genfast.data.samples import Samples
-from genfast.models.unet import UNet, save
+from genfast.generate import overview
+from genfast.media import encoded, grid
+from genfast.models.denoising import draw
+from genfast.models.files import save
+from genfast.samplers import Denoiser
 from genfast.schedules import NoiseSchedule
 from genfast.streams import LABELS, NOISE, RUN, TIMES, VALIDATION
 from genfast.train import average as averages
 from genfast.train.directory import Row
+from genfast.train.networks import Call, Called, check_module, description, probe
 from genfast.train.objectives import Prediction, diffusion_loss, network_input
-from genfast.train.pictures import encoded, sample_grid
 from genfast.train.run import MOST, Run, check_length, check_words, digest
 
 PROCESSES = ("cosine", "linear", "scaled_linear", "flow")
@@ -101,18 +106,22 @@ class DiffusionTraining:
 
 
 def train_diffusion(
-    net: UNet,
+    net: nn.Module,
     samples: Samples,
     options: DiffusionTraining,
     run: Run,
     *,
     validation: Samples | None = None,
+    call: Call | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> Row:
     """Train ``net`` to predict from noisy samples; ends with the averaged weights in ``net`` and returns the last row of the log.
 
-    ``net`` is called as net(x, t, y) and trained in place, on the device it is on. ``validation`` are held-out samples. ``about`` are
-    further JSON-able words to save with the weights.
+    ``net`` is any torch module, trained in place, on the device it is on. It is called as net(x, t, y) with x (B, C, H, W), t (B,) and
+    y (B,) int64, or net(x, t) where the samples have no labels, and returns a tensor like x or, as diffusers' networks do, something
+    with the field ``sample``; ``call`` adapts other networks: call=lambda net, x, t, y: net(x). "No label" is ``net.null_label`` where it
+    has one, else the number of classes. ``validation`` are held-out samples. ``about`` are further JSON-able words to save with the
+    weights.
 
     The process is x_t = alpha(t) x_0 + sigma(t) n with x_0 = images / 127.5 - 1. The loss is the mean squared error of the prediction:
     "epsilon" n (Ho et al. 2020), "v" alpha n - sigma x_0 (Salimans and Ho 2022), "x0" x_0, "flow" n - x_0 (Liu et al. 2023).
@@ -126,11 +135,13 @@ def train_diffusion(
     Raises ValueError for bad arguments or if the directory holds a run with another configuration, and FloatingPointError if the loss
     or a gradient is not finite.
     """
-    _check(net, samples, validation, about)
-    device, rng, noise = next(net.parameters()).device, run.rng, options.process
+    device, rng, noise = check_module("net", net), run.rng, options.process
+    predict, null = Called(net, call), getattr(net, "null_label", len(getattr(samples, "classes", ())))
+    _check(predict, samples, validation, about, run, device, null)
     average = averages.Average(net, options.ema)
+    averaged = Called(average.net, call)
     optimizer = torch.optim.AdamW(net.parameters(), lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)
-    decided: Row = {"network": asdict(net.config), "data": samples.digest, "device": device.type}
+    decided: Row = {"network": description(net), "data": samples.digest, "device": device.type}
     decided["noise"] = [noise.name, noise.shift, digest(noise.alphas_cumprod)]
     words: Row = {"prediction": options.prediction, "noise": noise.name, "noise_steps": noise.steps, "shift": noise.shift}
     words |= {"size": samples.shape[-2:], **(about or {})}
@@ -152,7 +163,7 @@ def train_diffusion(
             y = None
             if data.labels is not None:
                 dropped = rng.uniform(seeds, (len(seeds), 1), stream=LABELS)[:, 0] < options.label_dropout
-                y = data.labels.masked_fill(dropped, net.null_label).to(device)
+                y = data.labels.masked_fill(dropped, null).to(device)
             t = noise.training_time(rng.uniform(seeds, (len(seeds), 1), stream=TIMES)[:, 0].double().numpy())
             n = rng.normal(seeds, tuple(x0.shape), stream=NOISE, device=device)
 
@@ -160,7 +171,7 @@ def train_diffusion(
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate(step)
             optimizer.zero_grad()
-            loss = diffusion_loss(net, x0, t, n, y, min_snr=options.min_snr, autocast=options.autocast, **loss_options).mean()
+            loss = diffusion_loss(predict, x0, t, n, y, min_snr=options.min_snr, autocast=options.autocast, **loss_options).mean()
             loss.backward()  # type: ignore[no-untyped-call]
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), options.clip_grad)
             run.log(loss=loss, grad_norm=norm, lr=options.learning_rate(step))
@@ -169,9 +180,9 @@ def train_diffusion(
 
             # What is written.
             if validation is not None and run.due(run.validate_every):
-                run.validated(validation_loss(average.net, validation, run, **loss_options))
+                run.validated(validation_loss(averaged, validation, run, **loss_options))
             if run.due(run.sample_every):
-                run.picture(encoded(sample_grid(average.net, noise, options.prediction, samples.shape[-2:])))
+                run.picture(_preview(averaged, options, samples, null))
         net.load_state_dict(average.state_dict())
         return run.finish()
 
@@ -197,20 +208,23 @@ def validation_loss(
     return total / len(samples)
 
 
-def _check(net: Any, samples: Any, validation: Any, about: Any) -> None:
+def _preview(net: nn.Module, options: DiffusionTraining, samples: Samples, null_label: int) -> bytes:
+    """A PNG of what `genfast sample` draws from the same weights: a row a class, a column a seed."""
+    denoiser = Denoiser(net, options.prediction, noise=options.process, time="flow" if options.process.kind == "flow" else "index")
+    x = draw(denoiser, samples.shape, overview(len(samples.classes)), null_label if samples.classes else None)
+    return encoded(grid(x, 8))
+
+
+def _check(predict: nn.Module, samples: Any, validation: Any, about: Any, run: Run, device: torch.device, null_label: int) -> None:
     """Raises ValueError unless the objects that training is given fit each other."""
     check_words(about, SAVED_WORDS)
-    if not isinstance(net, UNet):
-        raise ValueError(f"net: got a {type(net).__name__}, supported: a genfast.models.UNet")
-    config, multiple = net.config, 2 ** (len(net.config.channels) - 1)
     for name, data in (("samples", samples), ("validation", samples if validation is None else validation)):
         if not isinstance(data, Samples):
-            raise ValueError(
-                f"{name}: got a {type(data).__name__}, supported: samples of genfast.data, such as ArraySamples(images, labels)"
-            )
-        shape = data.shape
-        if len(shape) != 3 or shape[0] != config.image_channels or shape[1] % multiple or shape[2] % multiple:
-            supported = f"{config.image_channels} channels, sides divisible by {multiple}"
-            raise ValueError(f"{name}: got samples of shape {shape}, supported by this network: {supported}")
-        if len(data.classes) > config.num_classes:
-            raise ValueError(f"{name}: got {len(data.classes)} classes, supported by this network: {config.num_classes}")
+            raise ValueError(f"{name}: got a {type(data).__name__}, supported: samples of genfast.data, such as ArraySamples(images)")
+        if len(data.classes) > null_label:
+            raise ValueError(f"{name}: got {len(data.classes)} classes, supported by this network: {null_label}")
+        x, t = torch.zeros(1, *data.shape, device=device), torch.zeros(1, device=device)
+        y = torch.full((1,), null_label, device=device) if data.classes else None
+        supported = f"one that maps {name} of shape {tuple(data.shape)}, times and labels to that shape (call= adapts others)"
+        probe("net", predict, partial(predict, x, t, y), tuple(x.shape), supported)
+    run.check_pictures(samples.shape)

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genfast.checks import above, check, decay, each, either, flag, instance, settle, whole
+from genfast.checks import above, check, decay, each, either, flag, instance, optional, settle, whole
 from genfast.data.samples import Samples
-from genfast.models import generators
-from genfast.streams import MODEL_NOISE, NOISE, TIMES
+from genfast.media import encoded, grid
+from genfast.models.files import save as save_model
+from genfast.streams import MODEL_NOISE, NOISE, SAMPLING, TIMES
 from genfast.train import average as averages
 from genfast.train.adversarial import D_DRAW, G_DRAW, PATH, PATH_DRAW, AdversarialStep, Objective
 from genfast.train.directory import Row
+from genfast.train.networks import check_module, description, probe
 from genfast.train.objectives import network_input
-from genfast.train.pictures import encoded, grid
 from genfast.train.run import MOST, Run, check_length, check_words
 
 # What each field of `GANTraining` may be.
@@ -30,6 +31,7 @@ RANGES = {
     "lr": either(above(0), each(above(0), 2)),
     "betas": each(decay(), 2),
     "ema": averages.WIDTH,
+    "latent": optional(whole(1)),
 }
 
 
@@ -44,6 +46,7 @@ class GANTraining:
     lr: float | tuple[float, float] = 2e-4  # learning rate of Adam, for both networks or (generator's, discriminator's)
     betas: tuple[float, float] = (0.5, 0.999)  # of Adam
     ema: float = 0.05  # relative width of the power-function average of the weights (Karras et al. 2024)
+    latent: int | None = None  # length of the latents; None: that of the generator's configuration
 
     def __post_init__(self) -> None:
         settle(self, RANGES)
@@ -62,13 +65,13 @@ def train_gan(
 ) -> Row:
     """Train ``generator`` against ``discriminator``; ends with the averaged weights in ``generator`` and returns the last row of the log.
 
-    Both are of a family in `genfast.models.generators` and are trained in place, on one device. ``capture``: each phase in a CUDA graph.
-    ``about`` are further JSON-able words to save with the weights. Images are scaled to [-1, 1], latents are standard normal. One step is
-    ``critic_steps`` updates of the discriminator, each on images and latents of its own, then one of the generator (`AdversarialStep`).
-    The average holds the running statistics of the batch norms, too.
+    Both are any torch modules, trained in place, on one device: latents (B, L) to samples (B, C, H, W), and those to logits (B,) or (B, 1).
+    ``capture``: each phase in a CUDA graph. ``about`` are further JSON-able words to save with the weights. Images are scaled to [-1, 1],
+    latents are standard normal. One step is ``critic_steps`` updates of the discriminator, each on images and latents of its own, then
+    one of the generator (`AdversarialStep`). The average holds the running statistics of the batch norms, too.
 
     The run's directory receives what docs/training.md lists, at the end the averaged generator as ema.safetensors, which
-    `genfast.models.generators.load` reads. A run that was killed at any moment continues from its last checkpoint when called again
+    `genfast.models.load` reads. A run that was killed at any moment continues from its last checkpoint when called again
     with the same arguments, and ends with the same bits as one that was not killed, on the same device with the same number of threads. A
     run that is finished returns at once. Every random number is a function of the run's seed and of the global number of the sample
     (docs/noise.md), so no generator is saved.
@@ -78,17 +81,17 @@ def train_gan(
     """
     check({"capture": flag()}, {"capture": capture})
     check_words(about)
-    g_config, d_config = _check(generator, discriminator, samples, options.batch)
-    device, latent, rng, objective = next(generator.parameters()).device, g_config.latent, run.rng, options.objective
+    latent = _check(generator, discriminator, samples, options, run)
+    device, rng, objective = next(generator.parameters()).device, run.rng, options.objective
     shape, gamma = (options.batch, *samples.shape), averages.power_gamma(options.ema)
     step = AdversarialStep(generator, discriminator, shape, latent, objective, lr=options.lr, betas=options.betas, capture=capture)
-    decided: Row = {"generator": asdict(g_config), "discriminator": asdict(d_config), "objective": asdict(objective)}
-    decided |= {"data": samples.digest, "device": device.type}
+    decided: Row = {"generator": description(generator), "discriminator": description(discriminator), "objective": asdict(objective)}
+    decided |= {"data": samples.digest, "device": device.type, "latent": latent}
     generator.train()
     discriminator.train()
 
     def save(path: Any) -> None:
-        generators.save(generator, path, step.average, **(about or {}))
+        save_model(generator, path, step.average, **(about or {}))
 
     with run.begin(options, decided, {"step": step}, save, extend=True):
         for number in run.steps(options.steps):
@@ -118,32 +121,36 @@ def train_gan(
             if run.due(run.log_every):
                 run.log(**step.take_means())
             if run.due(run.sample_every):
-                run.picture(encoded(_sample_grid(generator, step.average, rng)))
+                run.picture(_preview(generator, step.average, latent, rng))
         generator.load_state_dict(step.average)
         return run.finish()
 
 
-def _sample_grid(generator: nn.Module, average: dict[str, Tensor], rng: Any) -> Any:
-    """Samples of the averaged generator with the seeds 0 to 63."""
+def _preview(generator: nn.Module, average: dict[str, Tensor], latent: int, rng: Any) -> bytes:
+    """A PNG of what `genfast sample` draws from the averaged weights: the seeds 0 to 63."""
     averaged = copy.deepcopy(generator)
     averaged.load_state_dict(average)
-    config: Any = generator.config
-    z = rng.normal(torch.arange(64), (64, config.latent))
+    z = rng.normal(torch.arange(64), (64, latent), stream=SAMPLING)
     with torch.no_grad():
-        return grid(averaged.eval()(z.to(next(generator.parameters()).device)), 8)
+        return encoded(grid(averaged.eval()(z.to(next(generator.parameters()).device)), 8))
 
 
-def _check(generator: Any, discriminator: Any, samples: Any, batch: int) -> tuple[Any, Any]:
-    """Their configurations. Raises ValueError unless networks, samples and batch fit each other."""
+def _check(generator: Any, discriminator: Any, samples: Any, options: GANTraining, run: Run) -> int:
+    """The length of the latents. Raises ValueError unless networks, samples and batch fit each other."""
     if not isinstance(samples, Samples):
         raise ValueError(f"samples: got a {type(samples).__name__}, supported: samples of genfast.data, such as ArraySamples(images)")
-    for name, network in {"generator": generator, "discriminator": discriminator}.items():
-        if not any(isinstance(network, getattr(family, name)) for family in generators.FAMILIES.values()):
-            raise ValueError(f"{name}: got a {type(network).__name__}, supported: the {name} of a family in genfast.models.generators")
-        made = (network.config.image_channels, network.config.size, network.config.size)
-        if tuple(samples.shape) != made:
-            raise ValueError(f"samples: got ones of shape {samples.shape}, supported by this {name}: {made}")
-    group = getattr(discriminator.config, "stddev_group", 1)
-    if batch > group and batch % group:
-        raise ValueError(f"batch: got {batch}, supported by this discriminator: 1 to {group}, or a multiple of {group}")
-    return generator.config, discriminator.config
+    device = check_module("generator", generator)
+    check_module("discriminator", discriminator)
+    latent = options.latent or getattr(getattr(generator, "config", None), "latent", None)
+    if latent is None:
+        raise ValueError("latent: got None, supported: the length of the generator's latents, because the generator does not tell it")
+    z, x = torch.zeros(1, latent, device=device), torch.zeros(1, *samples.shape, device=device)
+    supported = f"a network that maps latents (B, {latent}) to samples of shape {tuple(samples.shape)}"
+    probe("generator", generator, lambda: generator(z), tuple(x.shape), supported)
+    supported = f"a network that maps samples of shape {tuple(samples.shape)} to logits (B,) or (B, 1)"
+    probe("discriminator", discriminator, lambda: discriminator(x).flatten(), (1,), supported)
+    group = getattr(getattr(discriminator, "config", None), "stddev_group", 1)
+    if options.batch > group and options.batch % group:
+        raise ValueError(f"batch: got {options.batch}, supported by this discriminator: 1 to {group}, or a multiple of {group}")
+    run.check_pictures(samples.shape)
+    return int(latent)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from genfast.checks import above_or_infinite, check, choice, flag, plain, settle, shown, whole
 from genfast.files import write_atomically
+from genfast.impl import NAMESPACES
 from genfast.streams import MOST_SEED, RUN, VALIDATION
 from genfast.train.checkpoint import Stateful, flatten, keep_copies, read_checkpoint, restore, write_checkpoint
 from genfast.train.directory import Row, accept, check_foreign, plot_log, read_log
@@ -72,7 +72,7 @@ class Run:
 
     def __post_init__(self) -> None:
         settle(self, RANGES)
-        self.rng: Any = import_module("genfast.reference.noise" if self.impl == "reference" else "genfast.ops.noise")
+        self.rng: Any = NAMESPACES[self.impl]
         self.directory, self.config, self.objects, self.rows = Path(), Row(), dict[str, Stateful](), list[Row]()
         self.step = self.done = self.total = 0  # the step in hand, steps done, steps wanted
         self.stopped = ""  # why the run ended before its last step, as a sentence
@@ -174,6 +174,12 @@ class Run:
         if self.keep_best and loss < best:
             self.save_weights(self.directory / "best.safetensors")
         plot_log(self.rows, self.directory / "loss.png")
+
+    def check_pictures(self, shape: Sequence[int]) -> None:
+        """Raises ValueError if pictures are wanted of samples that are none."""
+        if self.sample_every and (len(shape) != 3 or shape[0] not in (1, 3)):
+            got = f"{self.sample_every} with samples of shape {tuple(shape)}"
+            raise ValueError(f"sample_every: got {got}, supported: 0, because pictures have 1 or 3 channels")
 
     def picture(self, content: bytes) -> None:
         """Write a PNG of samples drawn after the step in hand, and plot the log beside it."""

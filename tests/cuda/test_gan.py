@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from genfast.models.dcgan import DCGANConfig
-from genfast.models.generators import FAMILIES
+from genfast.models.families import FAMILIES
 from genfast.models.r3gan import R3GANConfig
 from genfast.models.stylegan2 import StyleGAN2Config
 from genfast.train.adversarial import AdversarialStep, Objective
@@ -39,7 +39,7 @@ def test_a_captured_step_equals_the_eager_one(family: str, config: Any, objectiv
     try:
         for capture in (False, True):
             torch.manual_seed(0)
-            g, d = (make(config).cuda().double() for make in FAMILIES[family][1:])
+            g, d = (network.cuda().double() for network in FAMILIES[family].pair(config))
             step = AdversarialStep(g, d, shape, LATENT, objective, capture=capture)
             draw = torch.Generator().manual_seed(1)
             for k in range(9):
@@ -64,7 +64,7 @@ def test_a_captured_step_equals_the_eager_one(family: str, config: Any, objectiv
 def test_a_captured_step_in_bfloat16_learns(family: str, config: Any, objective: Objective) -> None:
     """Grey pictures: the discriminator tells them from a fresh generator's, and nothing overflows."""
     torch.manual_seed(0)
-    g, d = (make(replace(config, body="bfloat16")).cuda() for make in FAMILIES[family][1:])
+    g, d = (network.cuda() for network in FAMILIES[family].pair(replace(config, body="bfloat16")))
     step = AdversarialStep(g, d, (8, 1, config.size, config.size), LATENT, objective, lr=1e-3, capture=True)
     for k in range(40):  # the real pictures stay zero
         step.load(**{name: torch.randn(t.shape) for name, t in step.inputs.items() if name.startswith("z")})

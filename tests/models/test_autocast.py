@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genfast import ops
 from genfast.models.dcgan import DCGANConfig
-from genfast.models.generators import FAMILIES
+from genfast.models.families import FAMILIES
 from genfast.models.r3gan import R3GANConfig
 from genfast.models.stylegan2 import StyleGAN2Config
 from genfast.nn import ConvBlock
@@ -37,7 +37,7 @@ def test_networks(family: str, dtype: torch.dtype, impl: str) -> None:
     """Pictures, logits, their gradients and those of R1."""
     torch.manual_seed(0)
     config = CLASSES[family](**CONFIGS[family])
-    generator, discriminator = FAMILIES[family].generator(config, impl), FAMILIES[family].discriminator(config, impl)
+    generator, discriminator = FAMILIES[family].build(config, impl), FAMILIES[family].critic(config, impl)
     z = torch.randn(4, config.latent)
     images, logits = generator.eval()(z), discriminator(generator(z))
     with torch.autocast("cpu", dtype):

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from genfast.models import generators, r3gan, stylegan2
+from genfast import models
+from genfast.models import r3gan, stylegan2
 from genfast.models.dcgan import DCGANConfig
-from genfast.models.generators import FAMILIES
+from genfast.models.families import FAMILIES
 from genfast.models.r3gan import R3GANConfig
 from genfast.models.stylegan2 import StyleGAN2Config
 from genfast.nn.style import EqualizedConv2d, ModulatedConv2d
@@ -33,7 +34,7 @@ def pair(name: str, impl: str = "fused", **changes: Any) -> tuple[nn.Module, nn.
     """Generator and discriminator of a tiny size, float64, nothing in them zero."""
     config = replace(TINY[name], **changes)
     torch.manual_seed(0)
-    networks = FAMILIES[name].generator(config, impl).double(), FAMILIES[name].discriminator(config, impl).double()
+    networks = FAMILIES[name].build(config, impl).double(), FAMILIES[name].critic(config, impl).double()
     torch.manual_seed(1)
     with torch.no_grad():
         for p in [p for network in networks for p in network.parameters()]:
@@ -300,9 +301,9 @@ def test_only_the_largest_sides_are_narrow() -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_a_file_brings_the_generator_back(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    generator = FAMILIES[name].generator(TINY[name])
-    generators.save(generator, tmp_path / "g.safetensors", data="none")
-    again, about = generators.load(tmp_path / "g.safetensors", impl="reference")
+    generator = FAMILIES[name].build(TINY[name])
+    models.save(generator, tmp_path / "g.safetensors", data="none")
+    again, about = models.load(tmp_path / "g.safetensors", impl="reference")
     assert about == {"data": "none"} and again.config == TINY[name] and type(again) is type(generator) and not again.training
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), generator.state_dict().values(), strict=True))
 
@@ -334,4 +335,4 @@ def test_bad_inputs_are_sentences(name: str) -> None:
     with pytest.raises(ValueError, match=r"x: got shape \(2, 1, 16, 16\), supported: \(B, 3, 16, 16\)"):
         d(torch.zeros(2, 1, 16, 16))
     with pytest.raises(ValueError, match="impl: got 'quick', supported: 'fused', 'reference'"):
-        FAMILIES[name].generator(TINY[name], "quick")
+        FAMILIES[name].build(TINY[name], "quick")

@@ -405,7 +405,7 @@ def test_one_step_and_the_terminal_point_of_a_flow() -> None:
     ("options", "call", "message"),
     [
         ({"solver": "dpm"}, {}, "solver: got 'dpm'.*supported: consistency, ddim"),
-        ({"impl": "fast"}, {}, "impl: got 'fast', supported: fused, reference"),
+        ({"impl": "fast"}, {}, "impl: got 'fast', supported: 'fused', 'reference'"),
         ({"steps": 0}, {}, "steps: got 0"),
         ({"clip": 0.0}, {}, "clip: got 0.0, supported: None or a number above 0"),
         ({"threshold": 1.5}, {}, "threshold: got 1.5"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ DIFFUSION: dict[str, list[Any]] = {
 GAN: dict[str, list[Any]] = {
     "steps": COUNTS, "batch": COUNTS, "objective": ["wgan", None, Objective], "critic_steps": COUNTS,
     "lr": [*RATES, (1e-3,), (1e-3, 0), (NAN, 1e-3), (1e-3, 1e-3, 1e-3)], "betas": PAIRS, "ema": DIFFUSION["ema"],
+    "latent": [0, -1, 1.5, "4", True],
 }  # fmt: skip
 RUN: dict[str, list[Any]] = {
     "seed": [-1, 2**23, 1.0, NAN, "0", None, True], "log_every": COUNTS, "validate_every": COUNTS, "checkpoint_every": COUNTS,
@@ -223,14 +224,26 @@ def test_diffusion_refuses_objects(tmp_path: Path, changes: dict[str, Any], mess
 
 def test_networks_of_another_kind_are_refused(tmp_path: Path) -> None:
     samples, run = tiny_run.samples(), Run(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"net: got a Conv2d, supported: a genfast.models.UNet"):
-        train_diffusion(torch.nn.Conv2d(1, 1, 3), samples, DiffusionTraining(), run)  # type: ignore[arg-type]
+    for net, message in (
+        (torch.nn.Flatten(), "got a Flatten, supported: a torch module with parameters"),
+        (torch.nn.Conv2d(1, 1, 3), "it does not take what it is given .*, supported: one that maps samples of shape .*call= adapts others"),
+        (models.UNet(replace(tiny_run.CONFIG, image_channels=3)), r"x: got shape \(1, 1, 8, 8\)"),
+    ):
+        with pytest.raises(ValueError, match=f"net: .*{message}"):
+            train_diffusion(net, samples, DiffusionTraining(), run)
+    with pytest.raises(ValueError, match=r"net: it returns shape \(1, 1, 6, 6\), supported: one that maps"):
+        train_diffusion(torch.nn.Conv2d(1, 1, 3), samples, DiffusionTraining(), run, call=lambda net, x, t, y: net(x))
     free = models.UNet(UNetConfig(channels=(8,), blocks=(1,), attention=(False,), num_classes=0))
     with pytest.raises(ValueError, match=r"samples: got 3 classes, supported by this network: 0"):
         train_diffusion(free, samples, DiffusionTraining(), run)
     generator, discriminator = models.Generator(tiny_gan.CONFIG), models.Discriminator(tiny_gan.CONFIG)
-    for a, b, name in ((generator, generator, "discriminator"), (torch.nn.Linear(4, 4), discriminator, "generator")):
-        with pytest.raises(ValueError, match=rf"{name}: got a \w+, supported: the {name} of a family"):
+    for a, b, message in (
+        (generator, generator, r"discriminator: it does not take what it is given \(.*z: got shape"),
+        (torch.nn.Linear(4, 4), discriminator, "latent: got None, supported: the length of the generator's latents"),
+        (torch.nn.Identity(), discriminator, "generator: got a Identity, supported: a torch module with parameters"),
+        (models.Generator(replace(tiny_gan.CONFIG, size=16)), discriminator, r"generator: it returns shape \(1, 1, 16, 16\), supported: a"),
+    ):
+        with pytest.raises(ValueError, match=message):
             train_gan(a, b, samples, GANTraining(), run)
     style = [getattr(stylegan2, name)(tiny_gan.STYLE) for name in ("Generator", "Discriminator")]
     with pytest.raises(ValueError, match=r"batch: got 6, supported by this discriminator: 1 to 4, or a multiple of 4"):

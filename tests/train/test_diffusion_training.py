@@ -136,9 +136,9 @@ def test_flow_and_bfloat16_train(tmp_path: Path) -> None:
         ({"ema": 0.9}, r"ema: got 0.9"),
         (
             {"validation": ArraySamples(np.zeros((2, 3, 8, 8), np.uint8))},
-            r"validation: got samples of shape \(3, 8, 8\), supported by this network: 1 channels",
+            r"net: .*x: got shape \(1, 3, 8, 8\), .*supported: one that maps validation of shape \(3, 8, 8\)",
         ),
-        ({"validation": ArraySamples(np.zeros((2, 8, 9), np.uint8))}, r"sides divisible by 2"),
+        ({"validation": ArraySamples(np.zeros((2, 8, 9), np.uint8))}, r"H and W divisible by 2"),
     ],
 )
 def test_bad_arguments_are_sentences_and_nothing_is_written(tmp_path: Path, changes: dict[str, object], message: str) -> None:

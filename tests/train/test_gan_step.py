@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from genfast.models.dcgan import DCGANConfig
-from genfast.models.generators import FAMILIES
+from genfast.models.families import FAMILIES
 from genfast.models.r3gan import R3GANConfig
 from genfast.models.stylegan2 import StyleGAN2Config
-from genfast.train.adversarial import LOSSES, AdversarialStep, Objective, between, gradient_penalty, path_lengths
+from genfast.train.adversarial import AdversarialStep, Objective
+from genfast.train.objectives import LOSSES, between, gradient_penalty, path_lengths
 
 BATCH, LATENT, SHAPE = 4, 3, (4, 1, 2, 2)
 
@@ -385,7 +386,7 @@ def tiny_pair(networks: str, **changes: Any) -> tuple[nn.Module, nn.Module]:
     if networks == "mapped":
         return Mapped().double(), tiny_discriminator()
     family, config = FAMILIES[networks], replace(TINY[networks], **changes)
-    return family.generator(config), family.discriminator(config)
+    return family.build(config), family.critic(config)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from genfast import cli, data
+from genfast import cli, data, models
 from genfast.data import sets
-from genfast.models import DCGANConfig, Discriminator, Generator, generators
+from genfast.models import DCGANConfig, Discriminator, Generator
 from genfast.reference import noise as rng
 from genfast.train import AdversarialStep, Objective
 
@@ -55,7 +55,7 @@ def test_stopped_in_any_phase_it_ends_with_the_same_bits(
     assert not (tmp_path / "ema.safetensors").exists()
     generator, _ = tiny_gan.run(tmp_path)
     tiny_run.assert_same_bits(straight, tmp_path)
-    averaged, _ = generators.load(straight / "ema.safetensors")
+    averaged, _ = models.load(straight / "ema.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(averaged.state_dict().values(), generator.state_dict().values(), strict=True))
 
 
@@ -87,7 +87,7 @@ def test_stylegan2_in_bfloat16_continues_to_the_same_bits(tmp_path: Path, monkey
             tiny_gan.run(tmp_path / "stopped", **STYLED)
     generator, _ = tiny_gan.run(tmp_path / "stopped", **STYLED)
     tiny_run.assert_same_bits(tmp_path / "straight", tmp_path / "stopped")
-    averaged, _ = generators.load(tmp_path / "straight" / "ema.safetensors")
+    averaged, _ = models.load(tmp_path / "straight" / "ema.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(averaged.state_dict().values(), generator.state_dict().values(), strict=True))
 
 
@@ -160,8 +160,8 @@ def test_training_moves_the_generator_towards_the_data(
         with torch.no_grad():
             return (generator.eval()(z).mean((0, 1)) - mean).square().mean().item()
 
-    family = generators.FAMILIES["stylegan2" if config is tiny_gan.STYLE else "dcgan"]
-    before = distance(family.generator(config))
+    family = models.FAMILIES["stylegan2" if config is tiny_gan.STYLE else "dcgan"]
+    before = distance(family.build(config))
     generator, _ = tiny_gan.run(tmp_path, **{**changes, "config": config, "critic_steps": 1, "ema": 0.2, "sample_every": 100})
     after = distance(generator)
     assert after < 0.2 * before
@@ -210,8 +210,8 @@ def test_dcgan_has_the_shapes_it_promises(size: int, tmp_path: Path) -> None:
     generator, discriminator = Generator(config), Discriminator(config)
     x = generator(torch.randn(3, 5))
     assert x.shape == (3, 3, size, size) and x.abs().max() <= 1 and discriminator(x).shape == (3,)
-    generators.save(generator, tmp_path / "g.safetensors", data="none")
-    again, about = generators.load(tmp_path / "g.safetensors")
+    models.save(generator, tmp_path / "g.safetensors", data="none")
+    again, about = models.load(tmp_path / "g.safetensors")
     assert about == {"data": "none"} and again.config == config
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), generator.state_dict().values(), strict=True))
 
@@ -223,9 +223,6 @@ def test_dcgan_refuses_what_it_cannot_make(tmp_path: Path) -> None:
         Generator(tiny_gan.CONFIG)(torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"x: got shape \(2, 1, 8, 7\), supported: \(B, 1, 8, 8\)"):
         Discriminator(tiny_gan.CONFIG)(torch.zeros(2, 1, 8, 7))
-    tiny_run.run(tmp_path, steps=1)
-    with pytest.raises(ValueError, match="not a generator saved by genfast"):
-        generators.load(tmp_path / "ema.safetensors")
 
 
 @pytest.fixture
@@ -261,5 +258,5 @@ def test_the_command_line_trains_every_model(model: str, bars: Path, capsys: pyt
     config = json.loads((bars / "config.json").read_text())
     assert config["generator"]["body"] == "bfloat16" and config["lr"] == [0.002, 0.001] and config["betas"] == [0, 0.99]
     assert (config["objective"]["d_every"] == (16 if model == "stylegan2" else 1) and "path_length" in row) or model == "r3gan"
-    generator, about = generators.load(bars / "ema.safetensors")
+    generator, about = models.load(bars / "ema.safetensors")
     assert about == {"data": "bars"} and generator(torch.zeros(1, 8)).shape == (1, 1, 32, 32)

@@ -8,18 +8,17 @@ import pytest
 import torch
 
 from genfast import demo
-from genfast.samplers import Sampler
-from genfast.train import pictures
+from genfast.generate import SHIPPED, generate, open_model
+from genfast.request import SamplingOptions, every
 
 
 def test_the_shipped_model_draws_clothes() -> None:
     """Facts of Fashion-MNIST that hold for every picture, or for the mean of a class, and fail for a broken model or a wrong label."""
-    assert pictures.SHIPPED.stat().st_size <= 8_000_000
-    denoiser, about = pictures.load_denoiser()
-    classes = about["classes"]
+    assert SHIPPED.stat().st_size <= 8_000_000
+    model = open_model()
+    classes = model.classes
     names = ["Trouser", "Pullover", "Sandal", "Sneaker", "Ankle boot"]
-    sampler = Sampler("dpmpp_2m", 12, guidance_scale=2.5, progress=False)
-    x = pictures.draw(denoiser, sampler, [classes.index(name) for name in names], range(4), about["size"])
+    x = generate(model, every([classes.index(name) for name in names], range(4), SamplingOptions("dpmpp_2m", 12, guidance_scale=2.5)))
     assert x.shape == (20, 1, 28, 28) and x.isfinite().all()
     ink = (x.clamp(-1, 1)[:, 0] + 1) / 2  # 0 black, 1 white
     assert ink[:, 0, [0, 27]].max() < 0.1  # the upper corners are black
@@ -41,9 +40,9 @@ def test_the_demonstration_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_fused_and_reference_draw_the_same_bits() -> None:
-    denoiser, about = pictures.load_denoiser()
+    model = open_model()
     a, b = (
-        pictures.draw(denoiser, Sampler("dpmpp_2m", 3, guidance_scale=2.5, progress=False, impl=impl), [0, 7], [1], about["size"])
+        generate(model, every([0, 7], [1], SamplingOptions("dpmpp_2m", 3, guidance_scale=2.5, impl=impl)))
         for impl in ("fused", "reference")
     )
     assert torch.equal(a, b)

@@ -89,7 +89,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "net.safetensors").read_bytes()
     assert {p.name for p in tmp_path.iterdir()} == {"net.safetensors", "again.safetensors"}
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="not a U-Net saved by genfast"):
+    with pytest.raises(ValueError, match="which holds no weights saved by genfast"):
         models.load(tmp_path / "other.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""Which operators a layer calls: `genfast.ops`, or `genfast.reference`, which specifies them."""
+"""Which operators a layer, a sampler or a trainer calls: `genfast.ops`, or `genfast.reference`, which specifies them."""
 
 from __future__ import annotations
 
