@@ -264,7 +264,7 @@ def time_step(family: str, variants: dict[str, dict[str, Any]], m: Machine, peak
 
     def step(impl: str, **options: Any) -> AdversarialStep:
         torch.manual_seed(0)
-        networks = FAMILIES[family].pair(config, impl)
+        networks = FAMILIES[family].networks(config, impl)
         g, d = (network.to(m.device).train() for network in networks)
         made = AdversarialStep(g, d, shape, config.latent, objective, lr=0.0, **options)  # lr 0: the timed step does not drift
         draw = torch.Generator().manual_seed(1)

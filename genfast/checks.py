@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -41,6 +41,14 @@ def shown(value: Any) -> str:
     """A value as an error names it: strings in quotes, everything on one short line."""
     text = " ".join((repr(value) if isinstance(value, str) else str(value)).split())
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """ "; did you mean 'x'?" for the one of ``names`` that looks most like ``name``, empty if none does."""
+    import difflib
+
+    found = difflib.get_close_matches(name, [*names], 1)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def whole(least: int, most: int | None = None) -> Rule:
@@ -81,6 +89,12 @@ def share() -> Rule:
 
 def choice(*names: str) -> Rule:
     return Rule(", ".join(map(repr, names)), lambda value: isinstance(value, str) and value in names)
+
+
+def tuple_of(*names: str) -> Rule:
+    """A tuple or list, which may be empty, of some of these names."""
+    supported = f"a tuple of some of {', '.join(map(repr, names))}"
+    return Rule(supported, lambda value: isinstance(value, tuple | list) and all(isinstance(v, str) and v in names for v in value))
 
 
 def flag() -> Rule:

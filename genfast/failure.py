@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
+import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NoReturn
 
 # What a user can mend: a wrong argument or file, a full disk, a missing device or package, too little memory, a training that diverges.
 MENDABLE = (ValueError, RuntimeError, OSError, ArithmeticError, ImportError, MemoryError)
@@ -46,6 +49,63 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"genfast: {message}; {self.prog} --help says what there is\n")
+
+
+def parse(kind: Callable[..., Any], words: Sequence[str], prog: str) -> Any:
+    """Call ``kind`` with what a command line says of its parameters, by tyro. What is wrong with it is a ValueError of one sentence."""
+    import tyro
+
+    width, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "100" if {"-h", "--help"} & {*words} else "2000"  # no sentence is wrapped
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, prog=prog, args=[*words], config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+    except SystemExit as exit:
+        if exit.code:
+            raise ValueError(f"{_unboxed(said.getvalue())}; {prog} --help says what there is") from None
+        raise
+    finally:
+        os.environ.pop("COLUMNS") if width is None else os.environ.update(COLUMNS=width)
+
+
+def dispatch(commands: Mapping[str, Callable[..., Any]], words: Sequence[str], as_they_are: Collection[Callable[..., Any]]) -> None:
+    """Call the command that ``words`` begin with, with the rest: ``as_they_are`` take a list of words, the others options by `parse`."""
+    from genfast import __version__
+    from genfast.checks import nearest
+
+    if words == ["--version"]:
+        print(f"genfast {__version__}")
+        return
+    name = next((name for name in commands if name.split() == [*words[: len(name.split())]]), None)
+    if name is not None:
+        command, rest = commands[name], words[len(name.split()) :]
+        command(rest) if command in as_they_are else parse(command, rest, f"genfast {name}")
+        return
+    begun = [word for word in words if not word.startswith("-")]
+    offered = {name: command for name, command in commands.items() if name.split()[: len(begun)] == begun}
+    if not offered or not {"-h", "--help"} & {*words}:
+        got = f"got {' '.join(words)!r}" if words else "got none"
+        names = ", ".join(offered or commands)
+        raise ValueError(
+            f"COMMAND: {got}, supported: {names}{nearest(' '.join(begun), commands) if begun else ''}; genfast --help says more"
+        )
+    print("usage: genfast COMMAND [options]\n\nFast generative models in PyTorch. genfast COMMAND --help says more of each.\n")
+    for name, command in offered.items():
+        print(f"  {name:12}{(command.__doc__ or '').splitlines()[0]}")
+    print("  --version   print the version and end" if not begun else "", end="\n" if not begun else "")
+
+
+def _unboxed(text: str) -> str:
+    """The message in tyro's box, without the lines around it, its repetition of the help and its pointers to more."""
+    parts: list[list[str]] = [[]]
+    for line in (line.strip("│ ") for line in text.splitlines() if line.strip() and line[0] not in "╭╰"):
+        parts.append([]) if {*line} <= {*"─-"} else parts[-1].append(line)
+    if "╭" not in text:  # in other encodings the title is a line of its own
+        parts = parts[1:]
+    message = " ".join(parts[0]).removeprefix("Error parsing ") if parts else _line(text)
+    message = re.sub(r"^\w+: (?=\w+: got)", "", message)  # the dataclass, before a refusal of its own
+    meant = [part[1].split()[0] for part in parts[1:] if len(part) > 1 and part[0].startswith("Perhaps you meant")]
+    return f"{message}; did you mean {meant[0]}?" if meant else message
 
 
 def sentence(error: BaseException) -> str:

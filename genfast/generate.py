@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genfast.checks import shown
 from genfast.device import usable
-from genfast.request import Request, every
+from genfast.request import Request, SamplingOptions, every
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # Heavy imports (torch) happen inside the functions, so that the command line's help does not pay for them.
 
+MOST_SAMPLES = 10_000  # of one command
 SHIPPED = Path(__file__).resolve().parent / "weights" / "fashion.safetensors"  # docs/training.md says how it was made
 
 
@@ -73,3 +74,48 @@ def generate(model: Model, request: Request) -> Tensor:
 def overview(classes: int, columns: int = 8) -> Request:
     """What a grid of a model with so many classes shows: each of them with the seeds 0 to columns - 1, or without classes the square."""
     return every(range(classes), range(columns)) if classes else Request(range(columns**2))
+
+
+def to_files(path: str | Path, out: Path, seeds: str, labels: str | None, device: str | None, options: SamplingOptions) -> Path:
+    """Draw every label with every seed from the model at ``path`` and write them to ``out`` (`genfast.media.write`), which is returned.
+
+    ``seeds`` is such as "0-7" or "3,5,8-9", ``labels`` names or numbers of classes, separated by commas, None for all. Nothing is written
+    if anything is wrong with them: ValueError.
+    """
+    from genfast import __version__, media
+
+    media.format_of(out)
+    model = open_model(path, usable(device), options.impl)
+    if labels is not None and not model.classes:
+        raise ValueError(f"--labels: got {labels!r}, supported: none, because this model has no classes")
+    chosen = [*range(len(model.classes))] if labels is None else [_label(word, model.classes) for word in labels.split(",")]
+    numbers = _numbers(seeds, MOST_SAMPLES // max(1, len(chosen)))
+    request = every(chosen, numbers, options) if chosen else Request(numbers, None, options)
+    rows = [model.classes[label] for label in chosen]
+    names = [f"{row.replace(' ', '-').lower()}-{seed:06d}" for row in rows for seed in numbers] or [f"{seed:06d}" for seed in numbers]
+    provenance = {"genfast": __version__, "weights": str(model.path), "seeds": seeds, "labels": rows, **vars(options)}
+    columns = len(numbers) if rows else min(8, len(numbers))
+    media.write(out, generate(model, request), columns, rows, names, provenance)
+    return out
+
+
+def _label(word: str, classes: Sequence[str]) -> int:
+    names = [name.lower() for name in classes]
+    if word.strip().lower() in names:
+        return names.index(word.strip().lower())
+    if word.strip().isdecimal() and int(word) < len(classes):
+        return int(word)
+    raise ValueError(f"--labels: got {word!r}, supported: {', '.join(f'{i} ({name})' for i, name in enumerate(classes))}")
+
+
+def _numbers(text: str, most: int) -> list[int]:
+    """ "0-7" or "3,5,8-9" as a list of at most ``most`` numbers."""
+    ranges = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not (last.isdecimal() and int(last) >= int(first))) or int(last or first) >= 2**63:
+            raise ValueError(f"--seeds: got {text!r}, supported: numbers below 2^63 and ranges such as 0-7 or 3,5,8-9")
+        ranges.append(range(int(first), int(last if dash else first) + 1))
+    if (count := sum(numbers.stop - numbers.start for numbers in ranges)) > most:
+        raise ValueError(f"--seeds: got {count} of them, supported: at most {most} with so many labels")
+    return [number for numbers in ranges for number in numbers]

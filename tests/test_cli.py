@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import subprocess
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +20,12 @@ from genfast.generate import generate, open_model, overview
 from genfast.media import grid, pixels
 from genfast.media.pictures import format_of
 from genfast.models import UNet, UNetConfig
+from genfast.recipes import RECIPES, experiment
 from genfast.reference import noise
 from genfast.request import Request, SamplingOptions, every
+from genfast.train import Objective
 
-SMALL = ["--channels", "8", "16", "--blocks", "1", "1", "--attention", "0", "0"]
+SMALL = ["--channels", "8", "16", "--blocks", "1", "1", "--attention", "False", "False"]
 
 
 @pytest.fixture
@@ -42,39 +46,120 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_train_then_sample(bars: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    arguments = [
-        "train",
-        "diffusion",
-        "--data",
-        "bars",
-        "--out",
-        str(out),
-        "--steps",
-        "6",
-        "--batch",
-        "4",
-        "--warmup",
-        "2",
-        "--validation",
-        "10",
-    ]
-    assert cli.main([*arguments, *SMALL, "--sample-every", "3"]) == 0
+    words = f"train fashion-unet --data bars --out {out} --steps 6 --batch 4 --warmup 2 --validation 10".split()
+    assert cli.main([*words, *SMALL, "--sample-every", "3"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 6
     assert {path.name for path in out.glob("*.png")} == {"loss.png", "samples-000003.png", "samples-000006.png"}
 
     picture = tmp_path / "deep" / "grid.png"
-    weights = ["--weights", str(out / "ema.safetensors"), "--out", str(picture)]
-    assert cli.main(["sample", *weights, "--labels", "Right,0", "--seeds", "3,5-6", "--steps", "4", "--solver", "euler"]) == 0
+    sample = ["sample", str(out), "--out", str(picture)]
+    assert cli.main([*sample, "--labels", "Right,0", "--seeds", "3,5-6", "--steps", "4", "--solver", "euler"]) == 0
     with Image.open(picture) as image:
         assert image.size == (80 + 3 * 18, 2 + 2 * 18)  # 8 pixels, twice as large, with gaps of 2
+    folder = tmp_path / "files"
+    assert cli.main(["sample", str(out / "ema.safetensors"), "--out", str(folder), "--labels", "1", "--seeds", "4", "--steps", "2"]) == 0
+    assert [path.name for path in folder.iterdir()] == ["middle-000004.png"]
     capsys.readouterr()
 
-    assert cli.main([*arguments, *SMALL, "--lr", "0.5"]) == 2
+    assert cli.main([*words, *SMALL, "--lr", "0.5"]) == 2
     assert "lr: got 0.5, but the run in" in sentence(capsys)
-    assert cli.main(["sample", *weights, "--labels", "up"]) == 2
+    assert cli.main([*sample, "--labels", "up"]) == 2
     assert "--labels: got 'up', supported: 0 (left), 1 (middle), 2 (right)" in sentence(capsys)
-    assert cli.main(["sample", *weights, "--seeds", "7-3"]) == 2
+    assert cli.main([*sample, "--seeds", "7-3"]) == 2
     assert "--seeds: got '7-3'" in sentence(capsys)
+
+
+TINY = {
+    "fashion-unet": ["--channels", "8", "--blocks", "1", "--attention", "False", "--warmup", "1", "--validation", "10"],
+    "fashion-dcgan": ["--channels", "4", "--latent", "4"],
+    "fashion-stylegan2": ["--channel-base", "64", "--channel-max", "8", "--latent", "4", "--mapping-layers", "2"],
+    "fashion-r3gan": ["--channel-base", "256", "--channel-max", "8", "--latent", "4"],
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_runs_and_says_what_it_would_run(name: str, bars: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = [] if name == "fashion-unet" else ["--size", "8" if name == "fashion-dcgan" else "16"]
+    words = [
+        "train",
+        name,
+        "--data",
+        "bars",
+        "--steps",
+        "4",
+        "--batch",
+        "4",
+        "--out",
+        str(tmp_path / "run"),
+        "--no-progress",
+        *size,
+        *TINY[name],
+    ]
+    before = sorted(tmp_path.iterdir())
+    assert cli.main([*words, "--dry-run"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["global batch"] == 4 and said["seconds a step"] > 0 and said["samples"] == "50 of shape (1, 8, 8), 3 classes"
+    assert said["training"]["steps"] == 4 and said["run"]["out"] == str(tmp_path / "run") and "MiB for weights" in said["memory"]
+    assert sorted(tmp_path.iterdir()) == before
+    assert cli.main(words) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 4
+    model = open_model(tmp_path / "run")
+    assert sum(p.numel() for p in model.net.parameters()) == said["parameters"][0]
+    assert cli.main(["sample", str(tmp_path / "run"), "--seeds", "0-1", "--out", str(tmp_path / "x.png"), "--steps", "2"]) == 0
+
+
+def test_every_option_says_what_it_is() -> None:
+    """Each field of what a recipe is made of has its meaning beside it, which is what --help shows."""
+    for name in RECIPES:
+        kind = experiment(name)
+        parts = [kind().setting, kind().model, kind().training, kind().run, getattr(kind().training, "objective", kind().run)]
+        names = [field.name for part in parts[:4] for field in fields(part)] + [field.name for field in fields(Objective)]
+        assert len(names) == len({*names}), "two options have the same name"
+        for part in parts:
+            source = "".join(inspect.getsource(base) for base in type(part).__mro__ if base is not object)
+            for field in fields(part):
+                assert re.search(rf"^    {field.name}: .*  # \w", source, re.MULTILINE), f"{type(part).__name__}.{field.name}"
+
+
+def test_the_data_decide_the_shape(bars: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "train",
+        "fashion-unet",
+        "--data",
+        "bars",
+        "--out",
+        str(tmp_path / "run"),
+        *TINY["fashion-unet"],
+        "--steps",
+        "1",
+        "--batch",
+        "4",
+    ]
+    assert cli.main([*words, "--num-classes", "5"]) == 2
+    assert "num_classes: got 5, supported with this data and these options: 3" in sentence(capsys)
+    assert cli.main([*words, "--prediction", "flow"]) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["network"]["time_scale"] == 1000
+    words = [
+        "train",
+        "fashion-dcgan",
+        "--data",
+        "bars",
+        "--out",
+        str(tmp_path / "gan"),
+        *TINY["fashion-dcgan"],
+        "--steps",
+        "1",
+        "--batch",
+        "4",
+    ]
+    assert cli.main([*words, "--r1", "0.1", "--size", "12"]) == 0
+    config = json.loads((tmp_path / "gan" / "config.json").read_text())
+    assert config["discriminator"]["discriminator_norm"] is False and config["generator"]["size"] == 12
+    capsys.readouterr()
+    assert cli.main([*words, "--size", "7"]) == 2
+    assert "size: got 7, supported: 4, 5, 6 or 7 times" in sentence(capsys)
+    assert cli.main([*words, "--size", "20"]) == 2
+    assert "size: got 20" not in sentence(capsys)  # but that the run there has another size
 
 
 def test_samples_are_those_of_the_label_and_seed(tmp_path: Path) -> None:
@@ -111,7 +196,7 @@ def test_every_family_is_sampled(family: str, tmp_path: Path, capsys: pytest.Cap
             p.add_(0.2 * torch.randn_like(p))
     models.save(generator, tmp_path / "ema.safetensors", data="none")
     folder = tmp_path / "samples"
-    assert cli.main(["sample", "--weights", str(tmp_path), "--seeds", "3,7-8", "--out", str(folder)]) == 0
+    assert cli.main(["sample", str(tmp_path), "--seeds", "3,7-8", "--out", str(folder)]) == 0
     assert sorted(path.name for path in folder.iterdir()) == ["000003.png", "000007.png", "000008.png"]
     with torch.no_grad():
         expected = pixels(generator(noise.normal(torch.tensor([8]), (1, 6))))[0]
@@ -120,10 +205,10 @@ def test_every_family_is_sampled(family: str, tmp_path: Path, capsys: pytest.Cap
         provenance = json.loads(image.text["genfast"])
     assert provenance["seeds"] == "3,7-8" and provenance["weights"] == str(tmp_path / "ema.safetensors")
     assert provenance["sample"] == "000008" and provenance["solver"] == "dpmpp_2m"
-    assert cli.main(["sample", "--weights", str(tmp_path), "--seeds", "0-3", "--out", str(tmp_path / "all.gif")]) == 0
+    assert cli.main(["sample", str(tmp_path), "--seeds", "0-3", "--out", str(tmp_path / "all.gif")]) == 0
     with Image.open(tmp_path / "all.gif") as image:
         assert image.n_frames == 4 and image.size == (16, 16)
-    assert cli.main(["sample", "--weights", str(tmp_path), "--labels", "0"]) == 2
+    assert cli.main(["sample", str(tmp_path), "--labels", "0"]) == 2
     assert "--labels: got '0', supported: none" in sentence(capsys)
 
 
@@ -162,10 +247,10 @@ def test_errors_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "name: got 'cifar', supported: 'fashion'" in sentence(capsys)
     assert cli.main(["data", "fetch", "fashion", "--from", str(tmp_path / "none")]) == 2
     assert "which does not exist" in sentence(capsys)
-    assert cli.main(["sample", "--weights", str(tmp_path / "none.safetensors")]) == 2
+    assert cli.main(["sample", str(tmp_path / "none.safetensors")]) == 2
     assert "none.safetensors" in sentence(capsys)
     models.save(UNet(UNetConfig(channels=(8,), blocks=(1,), attention=(False,))), tmp_path / "w", noise="betas", prediction="v")
-    assert cli.main(["sample", "--weights", str(tmp_path / "w")]) == 2
+    assert cli.main(["sample", str(tmp_path / "w")]) == 2
     assert "noise process 'betas', supported: 'cosine'" in sentence(capsys)
 
 
@@ -195,8 +280,24 @@ def test_what_is_passed_on_and_what_is_not(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "genfast" / "cli.py"))
     assert cli.main(["bench"]) == 2
     assert "in a checkout of the repository" in sentence(capsys)
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["data", "list", "--quick"])
+    assert cli.main(["data", "list", "--quick"]) == 2
+    assert "Unrecognized options: --quick; genfast data list --help says what there is" in sentence(capsys)
     with pytest.raises(SystemExit, match="0"):
         cli.main(["info", "--brief"])
     assert "genfast" in capsys.readouterr().out
+
+
+def test_data_check_reads_all_of_it(bars: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data", "check", "bars"]) == 0
+    assert capsys.readouterr().out.startswith("bars: 50 samples of shape (1, 8, 8), digest ")
+
+
+def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, begin in (["train", "--list"], "fashion-unet"), (["train", "--help"], "usage: genfast train RECIPE"):
+        assert cli.main(words) == 0
+        text = capsys.readouterr().out
+        assert text.startswith(begin) and all(name in text and recipe.summary in text for name, recipe in RECIPES.items())
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in cli.COMMANDS)
+    assert cli.main(["data", "-h"]) == 0 and "train" not in capsys.readouterr().out

@@ -30,7 +30,7 @@ data.DATASETS["bars"] = entry
 (data.directory() / "bars").mkdir(parents=True, exist_ok=True)
 cli.main()
 """
-NETWORK = ["--channels", "8", "8", "--blocks", "1", "1", "--attention", "0", "0"]
+NETWORK = ["--channels", "8", "8", "--blocks", "1", "1", "--attention", "False", "False"]
 SMALL = ["--data", "bars", *NETWORK, "--batch", "4", "--warmup", "1", "--validation", "10"]
 
 
@@ -102,7 +102,7 @@ def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_full_disk_is_a_sentence_and_the_last_good_state_stays(tmp_path: Path) -> None:
     """No file may grow beyond a limit: the checkpoint, the weights, the log, at the first or at a later write."""
     out = tmp_path / "run"
-    words = ["train", "diffusion", *SMALL, "--out", str(out), "--steps", "4", "--checkpoint-every", "2"]
+    words = ["train", "fashion-unet", *SMALL, "--out", str(out), "--steps", "4", "--checkpoint-every", "2"]
     for limit in (20_000, 100):
         process = command(tmp_path, *words, preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
         errors = sentences(process.communicate(timeout=120)[1])
@@ -123,7 +123,7 @@ def test_a_full_disk_is_a_sentence_and_the_last_good_state_stays(tmp_path: Path)
 def test_ctrl_c_says_how_to_continue(tmp_path: Path, again: signal.Signals | None) -> None:
     out = tmp_path / "run"
     steps = "1000000" if again else "4"
-    words = ["train", "diffusion", *SMALL, "--out", str(out), "--steps", steps, "--checkpoint-every", "1"]
+    words = ["train", "fashion-unet", *SMALL, "--out", str(out), "--steps", steps, "--checkpoint-every", "1"]
     process = command(tmp_path, *words)
     if again:
         while not (out / "checkpoint.safetensors").exists():
@@ -155,24 +155,38 @@ def test_a_reader_that_goes_is_no_error() -> None:
         ("sample --device cuda:77", "--device: got 'cuda:77', supported on this machine: cpu"),
         ("sample --out {tmp}/x.doc", "--out: got '{tmp}/x.doc', supported: the name of a picture"),
         ("sample --steps 2 --labels 0 --seeds 0 --out /proc/none/x.png", "/proc/none: no such file or directory"),
-        ("sample --weights {tmp}", "path: got {tmp}, a directory without ema.safetensors, which a run writes at its end"),
-        ("sample --weights {tmp}/none", "{tmp}/none: no such file or directory"),
-        ("sample --guidance-scale nan", "guidance_scale: got nan, supported: a finite number"),
-        ("train diffusion --out {tmp}/o --channels 0 0 0", "channels: got (0, 0, 0), supported: at least one in a tuple, each"),
-        ("train diffusion --out {tmp}/o --attention 2 0 0", "argument --attention: invalid choice: 2"),
-        ("train diffusion --out {tmp}/o --steps 1e3", "argument --steps: invalid int value: '1e3'"),
-        ("train diffusion --out {tmp}/o --steps 50", "warmup: got 200, supported: an integer from 0 to 50"),
-        ("train diffusion --out {tmp}/o --validation 50", "--validation: got 50, supported: an integer from 1 to 49"),
-        ("train diffusion --out {tmp}/o --data mnist", "name: got 'mnist', supported: 'fashion'"),
-        ("train diffusion --out /proc/none/o --steps 1 --warmup 0 --validation 10", "/proc/none: no such file or directory"),
-        ("train diffusion", "the following arguments are required: --out"),
-        ("train gan --out {tmp}/o --size 16384", "size: got 16384, supported: an integer from 1 to 1024"),
-        ("train gan --out {tmp}/o --lr 1e-3 -1", "lr: got (0.001, -1.0), supported: a finite number above 0; or 2"),
-        ("train gan --out {tmp}/o --device cuda:99", "--device: got 'cuda:99'"),
-        ("train gan --out {tmp}/o --sample-every -1", "sample_every: got -1, supported: an integer from 0"),
+        ("sample {tmp}", "path: got {tmp}, a directory without ema.safetensors, which a run writes at its end"),
+        ("sample {tmp}/none", "{tmp}/none: no such file or directory"),
+        ("sample --guidance-scale nan", "guidance_scale: got nan, supported: a finite number; genfast sample --help"),
+        ("sample --seads 1", "Unrecognized options: --seads, 1; did you mean --seeds?; genfast sample --help says what there is"),
+        ("sample --impl fast", "invalid choice 'fast'"),
+        ("train fashion-unet --out {tmp}/o --channels 0 0 0", "channels: got (0, 0, 0), supported: at least one in a tuple, each"),
+        ("train fashion-unet --out {tmp}/o --attention 2 0 0", "--attention"),
+        ("train fashion-unet --out {tmp}/o --steps 1e3", "--steps: invalid literal for int() with base 10: '1e3'"),
+        ("train fashion-unet --out {tmp}/o --steps 50", "warmup: got 200, supported: an integer from 0 to 50"),
+        ("train fashion-unet --out {tmp}/o --validation 50", "validation: got 50, supported: an integer from 0 to 49"),
+        ("train fashion-unet --out {tmp}/o --data fashionn", "fashionn"),
+        ("train fashion-unet --out /proc/none/o --steps 1 --warmup 0 --validation 10", "/proc/none: no such file or directory"),
+        ("train fashion-unet --out {tmp}/o --label-drop 0.1", "Unrecognized options: --label-drop, 0.1; did you mean --label-dropout?"),
+        ("train fashion-unet --out {tmp}/o --track tensorboards", "--track"),
+        ("train fashion-unet --out {tmp}/o --capture --validation 10", "capture: got True, supported: False, because only adversarial"),
+        ("train", "recipe: got '', supported: fashion-unet, fashion-dcgan, fashion-stylegan2, fashion-r3gan"),
+        ("train fashion-unett", "recipe: got 'fashion-unett', supported: fashion-unet, .*; did you mean 'fashion-unet'?"),
+        ("train fashion-dcgan --out {tmp}/o --size 16384", "size: got 16384, supported: an integer from 1 to 1024"),
+        ("train fashion-dcgan --out {tmp}/o --size 4", "size: got 4, supported: 4, 5, 6 or 7 times a power of 2"),
+        ("train fashion-dcgan --out {tmp}/o --lr 1e-3 -1", "lr: got (0.001, -1.0), supported: a finite number above 0; or 2"),
+        ("train fashion-dcgan --out {tmp}/o --lr 1 2 3", "3"),
+        ("train fashion-dcgan --out {tmp}/o --device cuda:99", "--device: got 'cuda:99'"),
+        ("train fashion-dcgan --out {tmp}/o --sample-every -1", "sample_every: got -1, supported: an integer from 0"),
+        ("train fashion-r3gan --out {tmp}/o --size 33", "size: got 33, supported: a power of 2"),
+        ("train fashion-stylegan2 --out {tmp}/o --body fp16", "invalid choice 'fp16'"),
         ("info --wrong", "unrecognized arguments: --wrong; genfast info --help says what there is"),
-        ("data list more", "unrecognized arguments: more"),
-        ("", "the following arguments are required: COMMAND"),
+        ("data list more", "Unrecognized options: more; genfast data list --help says what there is"),
+        ("data fetch", "Missing from genfast data fetch: "),
+        ("data", "COMMAND: got 'data', supported: data list, data fetch, data check"),
+        ("eval {tmp}", "eval"),
+        ("trian", "COMMAND: got 'trian', supported: data list, .*did you mean 'train'?"),
+        ("", "COMMAND: got none, supported: data list"),
     ],
 )
 def test_wrong_commands_are_one_line(
@@ -192,7 +206,8 @@ def test_wrong_commands_are_one_line(
         status = exit.code  # type: ignore[assignment]
     text = capsys.readouterr().err
     assert status == 2 and text.count("\n") == 1 and text.startswith("genfast: "), text
-    assert message.format(tmp=tmp_path) in text
+    begin, _, end = message.format(tmp=tmp_path).partition(".*")
+    assert begin in text and end in text, text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
 
 
@@ -226,7 +241,7 @@ def test_weights_that_are_not_as_they_should_be(
     about = {"prediction": "v", "noise": "cosine", "noise_steps": 1000, "shift": 1.0, "size": [8, 8], "classes": ["a", "b"]}
     words: dict[str, Any] = {"family": "unet", "config": asdict(net.config), "about": about}
     path, picture = tmp_path / "w", tmp_path / "x.png"
-    sample = ["sample", "--weights", str(path), "--out", str(picture), "--steps", "2", "--seeds", "0"]
+    sample = ["sample", str(path), "--out", str(picture), "--steps", "2", "--seeds", "0"]
     path.write_bytes(pack(net.state_dict(), "genfast", words))
     assert cli.main(sample) == 0
     damage(words)
@@ -249,7 +264,7 @@ def test_the_demonstration_answers_alike() -> None:
 
 
 def test_help_and_version_import_neither_torch_nor_numpy() -> None:
-    for words in (["--help"], ["--version"], ["train", "diffusion", "--help"], ["sample", "--help"]):
+    for words in (["--help"], ["--version"], ["train", "--help"], ["train", "--list"], ["sample", "--help"], ["data", "fetch", "--help"]):
         code = (
             f"import sys\nsys.argv = ['genfast', *{words}]\nfrom genfast.cli import main\n"
             "try:\n    main()\nfinally:\n    print(sorted({'torch', 'numpy', 'PIL', 'matplotlib'} & sys.modules.keys()), file=sys.stderr)"
@@ -259,7 +274,8 @@ def test_help_and_version_import_neither_torch_nor_numpy() -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert done.returncode == 0 and done.stderr == "[]\n", done.stderr
         assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
-        assert done.stdout.startswith("genfast 0." if words == ["--version"] else "usage: genfast")
+        begin = {"--version": "genfast 0.", "--list": "fashion-unet "}.get(words[-1], "usage: genfast")
+        assert done.stdout.startswith(begin)
 
 
 def test_the_package_has_its_names_on_use() -> None:

@@ -102,3 +102,36 @@ def _digest(*arrays: NDArray[Any] | None) -> str:
     for array in arrays:
         digest.update(b"none" if array is None else f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+class PaddedSamples:
+    """Other samples in the middle of zeros, (C, H, W) -> (C, size, size). Raises ValueError unless the border is as wide on each side."""
+
+    def __init__(self, samples: Samples, size: int) -> None:
+        channels, height, width = samples.shape
+        if any(size < side or (size - side) % 2 for side in (height, width)):
+            raise ValueError(f"size: got {size}, supported: {max(height, width)}, the side of the samples, or more by an even number")
+        self.samples, self.classes = samples, samples.classes
+        self.shape: tuple[int, ...] = (channels, size, size)
+        self.border = ((size - width) // 2,) * 2 + ((size - height) // 2,) * 2
+        self.digest = f"{samples.digest} padded to {size}"
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def batch(self, numbers: NDArray[np.int64], seed: int) -> Batch:
+        found = self.samples.batch(numbers, seed)
+        return found._replace(x=torch.nn.functional.pad(found.x, self.border))
+
+    def hold_out(self, count: int) -> tuple[PaddedSamples, PaddedSamples]:
+        first, second = self.samples.hold_out(count)
+        return PaddedSamples(first, self.shape[-1]), PaddedSamples(second, self.shape[-1])
+
+
+def open_samples(name: str, split: str = "train") -> Samples:
+    """The samples of a named data set, which is fetched where it is not there yet. Raises ValueError for an unknown name or split."""
+    from genfast.data import sets
+
+    sets.fetch(name)
+    images, labels = sets.load(name, split)
+    return ArraySamples(images, labels, sets.dataset(name).classes)

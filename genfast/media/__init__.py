@@ -1,5 +1,5 @@
 """From samples to files that people open, each with its provenance inside."""
 
-from genfast.media.pictures import encoded, grid, pixels, write
+from genfast.media.pictures import encoded, format_of, grid, pixels, write
 
-__all__ = ["encoded", "grid", "pixels", "write"]
+__all__ = ["encoded", "format_of", "grid", "pixels", "write"]

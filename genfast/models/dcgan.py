@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +31,11 @@ class DCGANConfig:
     """What a `Generator` and a `Discriminator` are made of; saved beside the generator's weights."""
 
     size: int = 28  # side of the images: 4, 5, 6 or 7 times a power of 2, at least 8
-    image_channels: int = 1
-    latent: int = 100
+    image_channels: int = 1  # of the images
+    latent: int = 100  # length of the latents
     channels: int = 64  # at half the resolution; every halving doubles them
     discriminator_norm: bool = True  # batch normalisation in the discriminator; penalties of each sample's gradient need it off
-    body: str = "float32"  # dtype of convolutions and feature maps; "float32" stands for the parameters' own
+    body: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of feature maps; "float32" stands for the parameters' own
 
     def __post_init__(self) -> None:
         settle(self, RANGES)

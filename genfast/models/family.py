@@ -51,11 +51,10 @@ class Family:
     kind: str = "image"
     critic: Callable[[Any, str], nn.Module] | None = None
 
-    def pair(self, config: Any, impl: str = "fused") -> tuple[nn.Module, nn.Module]:
-        """Generator and discriminator of an adversarial family."""
-        if self.critic is None:
-            raise ValueError(f"family: got {self.config.__name__}, supported: adversarial families, which have a critic")
-        return self.build(config, impl), self.critic(config, impl)
+    def networks(self, config: Any, impl: str = "fused") -> tuple[nn.Module, ...]:
+        """What a trainer trains: the network, and of an adversarial family generator and discriminator."""
+        makers = (self.build,) if self.critic is None else (self.build, self.critic)
+        return tuple(make(config, impl) for make in makers)
 
 
 def from_latents(model: Model, request: Request, **options: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -30,12 +31,12 @@ class Pyramid:
     """
 
     size: int = 256  # side of the images, a power of 2
-    image_channels: int = 3
-    latent: int = 512
-    channel_base: int = 32768
-    channel_max: int = 512
-    body: str = "float32"
-    body_sides: int = 4
+    image_channels: int = 3  # of the images
+    latent: int = 512  # length of the latents
+    channel_base: int = 32768  # channels of a side times that side
+    channel_max: int = 512  # channels of any side, at most
+    body: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of the largest sides; "float32" stands for the parameters' own
+    body_sides: int = 4  # how many of the largest sides have that dtype
 
     def __post_init__(self) -> None:
         settle(self, RANGES)

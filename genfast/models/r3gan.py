@@ -28,9 +28,9 @@ RANGES = pyramid.RANGES | {"blocks": whole(1), "expansion": whole(1), "group_cha
 class R3GANConfig(Pyramid):
     """What a `Generator` and a `Discriminator` are made of; saved beside the generator's weights."""
 
-    latent: int = 64
-    channel_base: int = 16384
-    channel_max: int = 384
+    latent: int = 64  # length of the latents
+    channel_base: int = 16384  # channels of a side times that side
+    channel_max: int = 384  # channels of any side, at most
     blocks: int = 2  # of each side
     expansion: int = 2  # channels inside a block for one outside
     group_channels: int = 16  # channels inside a block that a 3x3 convolution sees

@@ -29,7 +29,7 @@ class StyleGAN2Config(Pyramid):
     (Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data", appendix D).
     """
 
-    mapping_layers: int = 8
+    mapping_layers: int = 8  # fully connected layers from z to w
     mixing: float = 0.9  # share of the samples that mix two latents in training
     stddev_group: int = 4  # samples whose spread the discriminator sees
 

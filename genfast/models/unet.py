@@ -28,11 +28,11 @@ CONFIG_RANGES = {
 class UNetConfig:
     """What a `UNet` is made of; saved beside its weights."""
 
-    image_channels: int = 1
+    image_channels: int = 1  # of the images
     channels: tuple[int, ...] = (32, 64, 96)  # of each level; every level after the first halves the resolution
     blocks: tuple[int, ...] = (1, 2, 1)  # residual blocks of each level, on the way down and again on the way up
     attention: tuple[bool, ...] = (False, False, True)  # self-attention after every block of the level
-    head_dim: int = 32
+    head_dim: int = 32  # channels of an attention head
     num_classes: int = 10  # 0: unconditional
     time_scale: float = 1.0  # multiplies the time before its embedding: 1 for indices of 0 to 999, 1000 for flow times in [0, 1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,16 +47,16 @@ class Objective:
     weighted by the interval, and Adam's constants are raised to c = k / (k + 1) (Karras et al. 2020, appendix B).
     """
 
-    loss: str = "logistic"
-    r1: float = 0.0
-    r2: float = 0.0
-    gradient_penalty: float = 0.0
-    center: float = 1.0
-    path_length: float = 0.0
-    path_decay: float = 0.01
-    path_shrink: int = 1
-    d_every: int = 1
-    g_every: int = 1
+    loss: Literal["logistic", "hinge", "wgan", "lsgan", "relativistic"] = "logistic"  # of the logits (docs/gan-training.md)
+    r1: float = 0.0  # gamma of R1, the penalty at real samples; 0: none
+    r2: float = 0.0  # gamma of R2, the penalty at generated samples; 0: none
+    gradient_penalty: float = 0.0  # lambda of the penalty between the two (10 is usual with "wgan"); 0: none
+    center: float = 1.0  # norm that the gradient between the two is pulled to, 1 or 0
+    path_length: float = 0.0  # weight of the path lengths (2 is usual); 0: none
+    path_decay: float = 0.01  # share of the newest mean length in the running mean
+    path_shrink: int = 1  # path lengths of one in so many samples of a step (2 is usual)
+    d_every: int = 1  # steps between the discriminator's penalties (16 is usual)
+    g_every: int = 1  # steps between path lengths (4 is usual)
 
     def __post_init__(self) -> None:
         settle(self, OBJECTIVE_RANGES)

@@ -228,3 +228,5 @@ def _check(predict: nn.Module, samples: Any, validation: Any, about: Any, run: R
         supported = f"one that maps {name} of shape {tuple(data.shape)}, times and labels to that shape (call= adapts others)"
         probe("net", predict, partial(predict, x, t, y), tuple(x.shape), supported)
     run.check_pictures(samples.shape)
+    if run.capture:
+        raise ValueError("capture: got True, supported: False, because only adversarial training has phases to capture")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genfast.checks import above, check, decay, each, either, flag, instance, optional, settle, whole
+from genfast.checks import above, decay, each, either, instance, optional, settle, whole
 from genfast.data.samples import Samples
 from genfast.media import encoded, grid
 from genfast.models.files import save as save_model
@@ -31,7 +31,7 @@ RANGES = {
     "lr": either(above(0), each(above(0), 2)),
     "betas": each(decay(), 2),
     "ema": averages.WIDTH,
-    "latent": optional(whole(1)),
+    "latent_size": optional(whole(1)),
 }
 
 
@@ -46,7 +46,7 @@ class GANTraining:
     lr: float | tuple[float, float] = 2e-4  # learning rate of Adam, for both networks or (generator's, discriminator's)
     betas: tuple[float, float] = (0.5, 0.999)  # of Adam
     ema: float = 0.05  # relative width of the power-function average of the weights (Karras et al. 2024)
-    latent: int | None = None  # length of the latents; None: that of the generator's configuration
+    latent_size: int | None = None  # length of the latents; None: that of the generator's configuration
 
     def __post_init__(self) -> None:
         settle(self, RANGES)
@@ -60,15 +60,14 @@ def train_gan(
     options: GANTraining,
     run: Run,
     *,
-    capture: bool = False,
     about: Mapping[str, Any] | None = None,
 ) -> Row:
     """Train ``generator`` against ``discriminator``; ends with the averaged weights in ``generator`` and returns the last row of the log.
 
     Both are any torch modules, trained in place, on one device: latents (B, L) to samples (B, C, H, W), and those to logits (B,) or (B, 1).
-    ``capture``: each phase in a CUDA graph. ``about`` are further JSON-able words to save with the weights. Images are scaled to [-1, 1],
-    latents are standard normal. One step is ``critic_steps`` updates of the discriminator, each on images and latents of its own, then
-    one of the generator (`AdversarialStep`). The average holds the running statistics of the batch norms, too.
+    ``about`` are further JSON-able words to save with the weights. Images are scaled to [-1, 1], latents are standard normal. One step is
+    ``critic_steps`` updates of the discriminator, each on images and latents of its own, then one of the generator (`AdversarialStep`).
+    The average holds the running statistics of the batch norms, too.
 
     The run's directory receives what docs/training.md lists, at the end the averaged generator as ema.safetensors, which
     `genfast.models.load` reads. A run that was killed at any moment continues from its last checkpoint when called again
@@ -79,12 +78,11 @@ def train_gan(
     Raises ValueError for bad arguments or if the directory holds a run with another configuration, and FloatingPointError if a loss
     or a weight is not finite.
     """
-    check({"capture": flag()}, {"capture": capture})
     check_words(about)
     latent = _check(generator, discriminator, samples, options, run)
     device, rng, objective = next(generator.parameters()).device, run.rng, options.objective
     shape, gamma = (options.batch, *samples.shape), averages.power_gamma(options.ema)
-    step = AdversarialStep(generator, discriminator, shape, latent, objective, lr=options.lr, betas=options.betas, capture=capture)
+    step = AdversarialStep(generator, discriminator, shape, latent, objective, lr=options.lr, betas=options.betas, capture=run.capture)
     decided: Row = {"generator": description(generator), "discriminator": description(discriminator), "objective": asdict(objective)}
     decided |= {"data": samples.digest, "device": device.type, "latent": latent}
     generator.train()
@@ -141,9 +139,9 @@ def _check(generator: Any, discriminator: Any, samples: Any, options: GANTrainin
         raise ValueError(f"samples: got a {type(samples).__name__}, supported: samples of genfast.data, such as ArraySamples(images)")
     device = check_module("generator", generator)
     check_module("discriminator", discriminator)
-    latent = options.latent or getattr(getattr(generator, "config", None), "latent", None)
+    latent = options.latent_size or getattr(getattr(generator, "config", None), "latent", None)
     if latent is None:
-        raise ValueError("latent: got None, supported: the length of the generator's latents, because the generator does not tell it")
+        raise ValueError("latent_size: got None, supported: the length of the generator's latents, because the generator does not tell it")
     z, x = torch.zeros(1, latent, device=device), torch.zeros(1, *samples.shape, device=device)
     supported = f"a network that maps latents (B, {latent}) to samples of shape {tuple(samples.shape)}"
     probe("generator", generator, lambda: generator(z), tuple(x.shape), supported)

@@ -8,6 +8,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,13 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from genfast.checks import above_or_infinite, check, choice, flag, plain, settle, shown, whole
+from genfast.checks import above_or_infinite, check, choice, flag, plain, settle, shown, tuple_of, whole
 from genfast.files import write_atomically
 from genfast.impl import NAMESPACES
 from genfast.streams import MOST_SEED, RUN, VALIDATION
 from genfast.train.checkpoint import Stateful, flatten, keep_copies, read_checkpoint, restore, write_checkpoint
 from genfast.train.directory import Row, accept, check_foreign, plot_log, read_log
 from genfast.train.lock import hold
+from genfast.train.track import check_trackers, open_trackers
 
 MOST = 2**30  # steps, images a step, steps between what is written
 
@@ -40,6 +42,8 @@ RANGES = {
     "keep_best": flag(),
     "patience": whole(0, MOST),
     "max_minutes": above_or_infinite(0),
+    "capture": flag(),
+    "track": tuple_of("tensorboard", "wandb"),
     "impl": choice("fused", "reference"),
     "progress": flag(),
 }
@@ -67,14 +71,18 @@ class Run:
     keep_best: bool = False  # keep the averaged weights of the lowest validation loss as best.safetensors
     patience: int = 0  # validation losses in a row above the lowest one before the run ends early; 0: it never does
     max_minutes: float = math.inf  # minutes, after which the run saves and ends, to be continued by the same command
+    capture: bool = False  # replay each phase of adversarial training as one CUDA graph; CUDA only
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()  # where rows of the log go besides: packages that are installed
     impl: Literal["fused", "reference"] = "fused"  # of the noise; the bits are the same
     progress: bool = True  # a progress bar on stderr
 
     def __post_init__(self) -> None:
         settle(self, RANGES)
+        check_trackers(self.track)
         self.rng: Any = NAMESPACES[self.impl]
         self.directory, self.config, self.objects, self.rows = Path(), Row(), dict[str, Stateful](), list[Row]()
         self.step = self.done = self.total = 0  # the step in hand, steps done, steps wanted
+        self._trackers: list[Callable[[Row], None]] = []
         self.stopped = ""  # why the run ended before its last step, as a sentence
         self.save_weights: Callable[[Path], None] = lambda path: None
 
@@ -101,7 +109,7 @@ class Run:
             rows = read_log(self.directory / "log.jsonl", self.done)
             if found is not None:
                 restore(objects, found[0], found[1]["objects"])
-            self.rows = rows
+            self.rows, self._trackers = rows, open_trackers(self.track, self.directory, self.config)
             write_atomically(self.directory / "config.json", json.dumps(self.config, indent=1).encode())
             write_atomically(self.directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
             yield
@@ -129,6 +137,7 @@ class Run:
                 if late:
                     self.stopped = f"stopped after {self.max_minutes:g} minutes at step {self.done} of {total}; "
                     self.stopped += f"the same command continues the run in {self.out}"
+                    warnings.warn(self.stopped, stacklevel=2)
                     return
 
     def due(self, every: int) -> bool:
@@ -221,6 +230,8 @@ class Run:
     def _append(self, row: Row) -> None:
         """Add a row to the log. Raises OSError that names the file."""
         self.rows.append(row)
+        for track in self._trackers:
+            track(row)
         path = self.directory / "log.jsonl"
         try:
             with open(path, "a") as file:

@@ -39,7 +39,7 @@ def test_a_captured_step_equals_the_eager_one(family: str, config: Any, objectiv
     try:
         for capture in (False, True):
             torch.manual_seed(0)
-            g, d = (network.cuda().double() for network in FAMILIES[family].pair(config))
+            g, d = (network.cuda().double() for network in FAMILIES[family].networks(config))
             step = AdversarialStep(g, d, shape, LATENT, objective, capture=capture)
             draw = torch.Generator().manual_seed(1)
             for k in range(9):
@@ -64,7 +64,7 @@ def test_a_captured_step_equals_the_eager_one(family: str, config: Any, objectiv
 def test_a_captured_step_in_bfloat16_learns(family: str, config: Any, objective: Objective) -> None:
     """Grey pictures: the discriminator tells them from a fresh generator's, and nothing overflows."""
     torch.manual_seed(0)
-    g, d = (network.cuda() for network in FAMILIES[family].pair(replace(config, body="bfloat16")))
+    g, d = (network.cuda() for network in FAMILIES[family].networks(replace(config, body="bfloat16")))
     step = AdversarialStep(g, d, (8, 1, config.size, config.size), LATENT, objective, lr=1e-3, capture=True)
     for k in range(40):  # the real pictures stay zero
         step.load(**{name: torch.randn(t.shape) for name, t in step.inputs.items() if name.startswith("z")})

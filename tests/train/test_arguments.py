@@ -52,12 +52,13 @@ DIFFUSION: dict[str, list[Any]] = {
 GAN: dict[str, list[Any]] = {
     "steps": COUNTS, "batch": COUNTS, "objective": ["wgan", None, Objective], "critic_steps": COUNTS,
     "lr": [*RATES, (1e-3,), (1e-3, 0), (NAN, 1e-3), (1e-3, 1e-3, 1e-3)], "betas": PAIRS, "ema": DIFFUSION["ema"],
-    "latent": [0, -1, 1.5, "4", True],
+    "latent_size": [0, -1, 1.5, "4", True],
 }  # fmt: skip
 RUN: dict[str, list[Any]] = {
     "seed": [-1, 2**23, 1.0, NAN, "0", None, True], "log_every": COUNTS, "validate_every": COUNTS, "checkpoint_every": COUNTS,
     "sample_every": [-1, 1.5, NAN, "1", None, True], "keep_last": [-1, 1.5, None, True], "keep_best": FLAGS, "patience": [-1, 0.5, None],
-    "max_minutes": [0, -1, NAN, "1", None, True], "impl": [*NAMES, "cuda"], "progress": FLAGS,
+    "max_minutes": [0, -1, NAN, "1", None, True],
+    "capture": FLAGS, "track": ["wandb", ("mlflow",), None, (1,)], "impl": [*NAMES, "cuda"], "progress": FLAGS,
 }  # fmt: skip
 
 
@@ -239,7 +240,7 @@ def test_networks_of_another_kind_are_refused(tmp_path: Path) -> None:
     generator, discriminator = models.Generator(tiny_gan.CONFIG), models.Discriminator(tiny_gan.CONFIG)
     for a, b, message in (
         (generator, generator, r"discriminator: it does not take what it is given \(.*z: got shape"),
-        (torch.nn.Linear(4, 4), discriminator, "latent: got None, supported: the length of the generator's latents"),
+        (torch.nn.Linear(4, 4), discriminator, "latent_size: got None, supported: the length of the generator's latents"),
         (torch.nn.Identity(), discriminator, "generator: got a Identity, supported: a torch module with parameters"),
         (models.Generator(replace(tiny_gan.CONFIG, size=16)), discriminator, r"generator: it returns shape \(1, 1, 16, 16\), supported: a"),
     ):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from genfast import cli, data, models
-from genfast.data import sets
+from genfast import models
 from genfast.models import DCGANConfig, Discriminator, Generator
 from genfast.reference import noise as rng
 from genfast.train import AdversarialStep, Objective
@@ -223,40 +221,3 @@ def test_dcgan_refuses_what_it_cannot_make(tmp_path: Path) -> None:
         Generator(tiny_gan.CONFIG)(torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"x: got shape \(2, 1, 8, 7\), supported: \(B, 1, 8, 8\)"):
         Discriminator(tiny_gan.CONFIG)(torch.zeros(2, 1, 8, 7))
-
-
-@pytest.fixture
-def bars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A fetched data set "bars", and a directory for a run."""
-    entry = replace(sets.DATASETS["fashion"], read=lambda folder, split: tiny_run.pictures())
-    monkeypatch.setitem(data.DATASETS, "bars", entry)
-    monkeypatch.setenv("GENFAST_DATA", str(tmp_path / "cache"))
-    (tmp_path / "cache" / "bars").mkdir(parents=True)
-    return tmp_path / "run"
-
-
-def test_the_command_line_trains(bars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = "--steps 3 --batch 4 --size 12 --channels 4 --loss wgan --gradient-penalty 10 --critic-steps 2 --betas 0 0.9 --sample-every 3"
-    words = ["train", "gan", "--data", "bars", "--out", str(tmp_path / "run"), *options.split()]
-    assert cli.main(words) == 0
-    assert json.loads(capsys.readouterr().out)["step"] == 3
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["generator"]["size"] == 12 and config["discriminator"]["discriminator_norm"] is False and config["betas"] == [0, 0.9]
-    assert (tmp_path / "run" / "samples-000003.png").exists()
-    assert cli.main([*words, "--size", "7"]) == 2
-    assert "--size: got 7, supported: 8 or more by an even number" in capsys.readouterr().err
-    assert cli.main([*words, "--lr", "1", "2", "3"]) == 2
-    assert "--lr: got 3 numbers, supported: one for both networks" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("model", ["stylegan2", "r3gan"])
-def test_the_command_line_trains_every_model(model: str, bars: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = f"--model {model} --precision bf16 --steps 2 --batch 4 --size 32 --channels 8 --latent 8 --lr 0.002 0.001"
-    assert cli.main(["train", "gan", "--data", "bars", "--out", str(bars), *options.split()]) == 0
-    row = json.loads(capsys.readouterr().out)
-    assert row["step"] == 2 and row["r1"] > 0
-    config = json.loads((bars / "config.json").read_text())
-    assert config["generator"]["body"] == "bfloat16" and config["lr"] == [0.002, 0.001] and config["betas"] == [0, 0.99]
-    assert (config["objective"]["d_every"] == (16 if model == "stylegan2" else 1) and "path_length" in row) or model == "r3gan"
-    generator, about = models.load(bars / "ema.safetensors")
-    assert about == {"data": "bars"} and generator(torch.zeros(1, 8)).shape == (1, 1, 32, 32)

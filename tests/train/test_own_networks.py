@@ -16,6 +16,7 @@ from genfast.data import ArraySamples
 from genfast.models.files import read
 from genfast.train import DiffusionTraining, GANTraining, Run, train_diffusion, train_gan
 
+pytestmark = pytest.mark.filterwarnings("ignore:stopped after")
 OPTIONS = DiffusionTraining(steps=6, batch=4, warmup=2)
 
 
@@ -96,7 +97,7 @@ def test_adversaries_of_your_own(tmp_path: Path) -> None:
         generator = nn.Sequential(nn.Linear(3, 64), nn.Tanh(), nn.Unflatten(1, (1, 8, 8)))
         discriminator = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.LeakyReLU(0.2), nn.Linear(16, 1))
         samples = ArraySamples(tiny_run.pictures()[0])
-        train_gan(generator, discriminator, samples, GANTraining(steps=5, batch=4, latent=3), run(out, **options))
+        train_gan(generator, discriminator, samples, GANTraining(steps=5, batch=4, latent_size=3), run(out, **options))
         return generator
 
     train(tmp_path / "a", sample_every=5)

@@ -93,6 +93,7 @@ def test_a_run_in_a_thread_leaves_signals_alone(tmp_path: Path) -> None:
     assert (tmp_path / "ema.safetensors").exists()
 
 
+@pytest.mark.filterwarnings("ignore:stopped after")
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_max_minutes_ends_in_good_order(tmp_path: Path, trainer: str) -> None:
     train = TRAINERS[trainer]
@@ -107,7 +108,8 @@ def test_max_minutes_ends_in_good_order(tmp_path: Path, trainer: str) -> None:
 
 def test_it_says_that_it_stopped(tmp_path: Path) -> None:
     net, run = models.UNet(tiny_run.CONFIG), Run(tmp_path, max_minutes=1e-9, progress=False)
-    diffusion.train_diffusion(net, tiny_run.samples(), diffusion.DiffusionTraining(steps=3, batch=4, warmup=1), run)
+    with pytest.warns(UserWarning, match="stopped after 1e-09 minutes at step 1 of 3"):
+        diffusion.train_diffusion(net, tiny_run.samples(), diffusion.DiffusionTraining(steps=3, batch=4, warmup=1), run)
     assert run.stopped == f"stopped after 1e-09 minutes at step 1 of 3; the same command continues the run in {tmp_path}"
 
 
@@ -209,3 +211,42 @@ def test_values_on_a_gpu_wait_for_the_row_and_the_step_is_named(tmp_path: Path) 
             run.log(loss=torch.tensor(float("inf") if step == 5 else step).as_subclass(Far), lr=step)
             seen.append(Far.reads)
     assert seen == [0, 0, 0, 4, 4, 4, 4] and rows(tmp_path, "loss") == [1.5] and rows(tmp_path, "lr") == [3]
+
+
+def test_trackers_get_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for the packages, which need not be installed."""
+    import sys
+    from types import ModuleType
+
+    seen: dict[str, list[Any]] = {"tensorboard": [], "wandb": []}
+
+    class Writer:
+        def __init__(self, directory: str) -> None:
+            assert directory == str(tmp_path / "tensorboard")
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            seen["tensorboard"].append((step, name, value))
+
+        def flush(self) -> None:
+            pass
+
+    class Wandb(ModuleType):
+        def init(self, **options: Any) -> Any:
+            assert options["resume"] == "allow" and options["config"]["steps"] == 10
+            return self
+
+        def log(self, row: dict[str, Any], step: int) -> None:
+            seen["wandb"] += [(step, name, value) for name, value in row.items()]
+
+    board = ModuleType("torch.utils.tensorboard")
+    board.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setitem(sys.modules, "wandb", Wandb("wandb"))
+    with pytest.raises(ValueError, match="track: got 'wandb', whose package is not installed"):
+        monkeypatch.setattr("genfast.train.track.find_spec", lambda name: None if name == "wandb" else name)
+        Run(tmp_path, track=("tensorboard", "wandb"))
+    monkeypatch.setattr("genfast.train.track.find_spec", lambda name: name)
+    tiny_run.run(tmp_path, steps=10, track=("tensorboard", "wandb"))
+    written = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    expected = [(row["step"], name, value) for row in written for name, value in row.items() if name != "step"]
+    assert seen["tensorboard"] == seen["wandb"] == expected and len(expected) == 9
