@@ -60,7 +60,7 @@ def train(words: Sequence[str]) -> None:
         return print(recipes.overview("" if words[0] == "--list" else f"usage: genfast train RECIPE [options]\n\n{train.__doc__}\n\n"))
     recipes.find(name := words[0] if words else "")
     given = parse(recipes.experiment(name), words[1:], f"genfast train {name}")
-    print(json.dumps(recipes.run(name, given), default=str, indent=1 if given.setting.dry_run else None))
+    recipes.run(name, given)
 
 
 def sample(
@@ -78,7 +78,7 @@ def sample(
     """
     from genfast import generate
 
-    print(generate.to_files(model or generate.SHIPPED, out, seeds, labels, device, options))
+    generate.to_files(model or generate.SHIPPED, out, seeds, labels, device, options)
 
 
 def evaluate(run: Positional[Path]) -> None:

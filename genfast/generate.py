@@ -65,10 +65,14 @@ def batches(model: Model, request: Request) -> Iterator[Tensor]:
 
 
 def generate(model: Model, request: Request) -> Tensor:
-    """All samples of `batches` as one tensor (N, C, H, W)."""
+    """All samples of `batches` as one tensor (N, C, H, W); in a process group each rank draws its share and gets all of them."""
     import torch
 
-    return torch.cat([*batches(model, request)])
+    from genfast import ranks
+
+    labels = None if request.labels is None else ranks.share(request.labels)
+    mine = replace(request, seeds=ranks.share(request.seeds), labels=labels)
+    return ranks.gather(torch.cat([*batches(model, mine)]), request.seeds)
 
 
 def overview(classes: int, columns: int = 8) -> Request:
@@ -76,16 +80,16 @@ def overview(classes: int, columns: int = 8) -> Request:
     return every(range(classes), range(columns)) if classes else Request(range(columns**2))
 
 
-def to_files(path: str | Path, out: Path, seeds: str, labels: str | None, device: str | None, options: SamplingOptions) -> Path:
-    """Draw every label with every seed from the model at ``path`` and write them to ``out`` (`genfast.media.write`), which is returned.
+def to_files(path: str | Path, out: Path, seeds: str, labels: str | None, device: str | None, options: SamplingOptions) -> None:
+    """Draw every label with every seed from the model at ``path``, write them to ``out`` (`genfast.media.write`) and print its name.
 
     ``seeds`` is such as "0-7" or "3,5,8-9", ``labels`` names or numbers of classes, separated by commas, None for all. Nothing is written
     if anything is wrong with them: ValueError.
     """
-    from genfast import __version__, media
+    from genfast import __version__, media, ranks
 
     media.format_of(out)
-    model = open_model(path, usable(device), options.impl)
+    model = open_model(path, ranks.join(usable(device)), options.impl)
     if labels is not None and not model.classes:
         raise ValueError(f"--labels: got {labels!r}, supported: none, because this model has no classes")
     chosen = [*range(len(model.classes))] if labels is None else [_label(word, model.classes) for word in labels.split(",")]
@@ -95,8 +99,11 @@ def to_files(path: str | Path, out: Path, seeds: str, labels: str | None, device
     names = [f"{row.replace(' ', '-').lower()}-{seed:06d}" for row in rows for seed in numbers] or [f"{seed:06d}" for seed in numbers]
     provenance = {"genfast": __version__, "weights": str(model.path), "seeds": seeds, "labels": rows, **vars(options)}
     columns = len(numbers) if rows else min(8, len(numbers))
-    media.write(out, generate(model, request), columns, rows, names, provenance)
-    return out
+    x = generate(model, request)
+    if ranks.rank() == 0:
+        media.write(out, x, columns, rows, names, provenance)
+        print(out)
+    ranks.leave()
 
 
 def _label(word: str, classes: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -110,15 +111,16 @@ def experiment(name: str) -> type[Any]:
     return make_dataclass("Experiment", made)
 
 
-def run(name: str, given: Any) -> dict[str, Any]:
-    """Train what ``given``, an instance of `experiment`, says. Returns the last row of the log."""
+def run(name: str, given: Any) -> None:
+    """Train what ``given``, an instance of `experiment`, says, and print the last row of the log."""
     import torch
 
+    from genfast import ranks
     from genfast.data import open_samples
     from genfast.device import usable
     from genfast.models import FAMILIES
 
-    recipe, device = find(name), usable(given.setting.device)
+    recipe, device = find(name), ranks.join(usable(given.setting.device))
     family, train = FAMILIES[recipe.family], TRAINERS[recipe.trainer]
     samples = open_samples(given.setting.data)
     model = fitted(given.model, given.training, samples, recipe.model)
@@ -128,7 +130,10 @@ def run(name: str, given: Any) -> dict[str, Any]:
         networks = [network.to(device) for network in family.networks(model, bookkeeping.impl)]
         return train(networks, samples, training, bookkeeping, given.setting), networks
 
-    return rehearse(given, model, samples, device, start) if given.setting.dry_run else start(given.training, given.run)[0]
+    said = rehearse(given, model, samples, device, start) if given.setting.dry_run else start(given.training, given.run)[0]
+    if ranks.rank() == 0:
+        print(json.dumps(said, default=str, indent=1 if given.setting.dry_run else None))
+    ranks.leave()
 
 
 def _train_diffusion(networks: list[Any], samples: Any, training: Any, run: Any, setting: Setting) -> dict[str, Any]:

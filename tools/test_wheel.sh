@@ -7,7 +7,7 @@ py=$(cd "$venv/bin" && pwd)/python
 pip() { PIP_DISABLE_PIP_VERSION_CHECK=1 "$py" -m pip --quiet "$@"; }
 "$py" -c 'import torch' 2>/dev/null || pip install "torch==$torch"
 "$py" -c 'import torch; print("torch==" + torch.__version__)' > "$venv/.genfast-constraints"
-pip install --constraint "$venv/.genfast-constraints" pytest pytest-xdist numpy scipy matplotlib safetensors tqdm pillow diffusers==0.42.0 transformers==5.23.0 torchsde==0.2.6
+pip install --constraint "$venv/.genfast-constraints" pytest pytest-xdist numpy scipy matplotlib safetensors tqdm pillow tyro diffusers==0.42.0 transformers==5.23.0 torchsde==0.2.6
 pip install --force-reinstall --no-deps dist/*.whl
 
 # Beside the tests stands what they read, but not genfast/: the installed wheel is what is tested.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from genfast import ranks
 from genfast.checks import Rule, at_least, check, choice, decay, each, either, flag, instance, plain, settle, share, shown, whole
 from genfast.train.checkpoint import check_fits
 from genfast.train.objectives import LOSSES, PAIRED, between, gradient_penalty, path_lengths
@@ -106,8 +107,9 @@ class AdversarialStep:
     and where needed "seeds" (B,), "mix" (B,) in [0, 1), "z_path" and "noise_path" (like real) of B / path_shrink samples. `load` fills
     them. ``lr`` (by network), ``weights`` (by penalty) and ``ema_weight`` (share of the new weights in the average) are 0-dimensional
     tensors that may be filled between phases; ``lr`` is after the factor ``correction`` of a lazy schedule. ``average`` holds the averages
-    of the generator's parameters and buffers, by name. What the phases report is summed on the device until `take_means`; no phase
-    waits for the device.
+    of the generator's parameters and buffers, by name. In a process group (`genfast.ranks`) the batch is each rank's share, and before
+    each step of Adam gradients and running statistics are averaged over the ranks. What the phases report is summed on the device until
+    `take_means`; no phase waits for the device.
     """
 
     def __init__(
@@ -273,6 +275,10 @@ class AdversarialStep:
             grads = torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
             return list(grads), {name: value.detach() for name, value in report.items()}
 
+        def averaged() -> list[Tensor]:
+            buffers = [t for t in (*self.generator.buffers(), *self.discriminator.buffers()) if t.is_floating_point()]
+            return [parameter.grad for parameter in parameters if parameter.grad is not None] + buffers
+
         evaluate = _compiled(gradients, [*self.generator.buffers(), *self.discriminator.buffers()]) if compile else gradients
 
         def phase() -> None:
@@ -280,6 +286,7 @@ class AdversarialStep:
             for parameter, grad in zip(parameters, grads, strict=True):
                 # Adam's kernel walks through memory, and a convolution may leave its weight's gradient in another order.
                 parameter.grad = grad if grad.stride() == parameter.stride() else torch.empty_like(parameter).copy_(grad)
+            ranks.average_(averaged())
             optimizer.step()
             optimizer.zero_grad()
             if "path_mean" in report:
@@ -350,7 +357,7 @@ class AdversarialStep:
         w = z.detach().requires_grad_() if mapping is None else mapping(z, *seeds)
         images = self.generator(w, *seeds) if synthesis is None else synthesis(w, *seeds)
         lengths = path_lengths(images, w, self.inputs["noise_path"])
-        mean = torch.lerp(self.path_mean, lengths.mean(), self.objective.path_decay)
+        mean = torch.lerp(self.path_mean, ranks.mean(lengths.mean()), self.objective.path_decay)
         penalty = (lengths - mean).square().mean()
         return self.weights["path_length"] * penalty, {"path_length": penalty, "path_mean": mean}
 

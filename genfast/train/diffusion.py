@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genfast import schedules
+from genfast import ranks, schedules
 from genfast.checks import above, above_or_infinite, at_least, check, choice, decay, each, optional, settle, share, shown, whole
 from genfast.data.samples import Samples
 from genfast.generate import overview
@@ -23,10 +23,10 @@ from genfast.samplers import Denoiser
 from genfast.schedules import NoiseSchedule
 from genfast.streams import LABELS, NOISE, RUN, TIMES, VALIDATION
 from genfast.train import average as averages
-from genfast.train.directory import Row
-from genfast.train.networks import Call, Called, check_module, description, probe
+from genfast.train.directory import Row, check_words, digest
+from genfast.train.networks import Call, Called, check_module, description, gradients_and_buffers, probe
 from genfast.train.objectives import Prediction, diffusion_loss, network_input
-from genfast.train.run import MOST, Run, check_length, check_words, digest
+from genfast.train.run import MOST, Run, check_length
 
 PROCESSES = ("cosine", "linear", "scaled_linear", "flow")
 if TYPE_CHECKING:
@@ -173,6 +173,7 @@ def train_diffusion(
             optimizer.zero_grad()
             loss = diffusion_loss(predict, x0, t, n, y, min_snr=options.min_snr, autocast=options.autocast, **loss_options).mean()
             loss.backward()  # type: ignore[no-untyped-call]
+            ranks.average_(gradients_and_buffers(net))
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), options.clip_grad)
             run.log(loss=loss, grad_norm=norm, lr=options.learning_rate(step))
             optimizer.step()
@@ -198,14 +199,14 @@ def validation_loss(
     """
     device = next(net.parameters()).device if isinstance(net, nn.Module) else torch.device("cpu")
     times, total = noise.training_time((np.arange(len(samples)) + 0.5) / len(samples)), 0.0
-    for start in range(0, len(samples), batch):
+    for start in ranks.share(range(0, len(samples), batch)):
         numbers = np.arange(start, min(start + batch, len(samples)))
         data, seeds = samples.batch(numbers, run.seed), torch.from_numpy(numbers + run.seed * RUN + VALIDATION)
         x0 = network_input(data.x, device)
         n = run.rng.normal(seeds, tuple(x0.shape), stream=NOISE, device=device)
         y = None if data.labels is None else data.labels.to(device)
         total += diffusion_loss(net, x0, times[numbers], n, y, noise=noise, prediction=prediction).double().sum().item()
-    return total / len(samples)
+    return ranks.means([total])[0] * ranks.count() / len(samples)
 
 
 def _preview(net: nn.Module, options: DiffusionTraining, samples: Samples, null_label: int) -> bytes:

@@ -1,17 +1,20 @@
-"""What a run finds in its directory: whether it may continue there, and from which rows of the log."""
+"""A run's directory: its configuration, whether it may continue there, and from which rows of the log."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from genfast.checks import shown
+from genfast.checks import plain, shown
 from genfast.files import write_atomically
 
 Row = dict[str, Any]
@@ -114,3 +117,31 @@ def _difference(mine: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str,
         elif a != b:
             return key, a, b
     return None
+
+
+def described(config: Mapping[str, Any]) -> Row:
+    """A configuration as it comes back from JSON, where tuples are lists."""
+    described: Row = json.loads(json.dumps({name: plain(value) for name, value in config.items()}))
+    return described
+
+
+def check_words(words: Mapping[str, Any] | None, taken: Sequence[str] = ()) -> None:
+    """Raises ValueError unless the words to save with the weights are JSON-able and none of their names is ``taken``."""
+    if words is None:
+        return
+    if not isinstance(words, Mapping) or not all(isinstance(name, str) for name in words):
+        raise ValueError(f"about: got {shown(words)}, supported: a dictionary by strings")
+    if both := sorted({*words} & {*taken}):
+        raise ValueError(f"about: got {both[0]!r}, which training writes itself, supported: other names")
+    try:
+        json.dumps(dict(words))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"about: got a value that JSON cannot hold ({error}), supported: strings, numbers, lists, dictionaries") from None
+
+
+def digest(*arrays: NDArray[Any] | None) -> str:
+    """The SHA-256 of arrays, their dtypes and shapes."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(b"none" if array is None else f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genfast import ranks
 from genfast.checks import above, decay, each, either, instance, optional, settle, whole
 from genfast.data.samples import Samples
 from genfast.media import encoded, grid
@@ -17,10 +18,10 @@ from genfast.models.files import save as save_model
 from genfast.streams import MODEL_NOISE, NOISE, SAMPLING, TIMES
 from genfast.train import average as averages
 from genfast.train.adversarial import D_DRAW, G_DRAW, PATH, PATH_DRAW, AdversarialStep, Objective
-from genfast.train.directory import Row
+from genfast.train.directory import Row, check_words
 from genfast.train.networks import check_module, description, probe
 from genfast.train.objectives import network_input
-from genfast.train.run import MOST, Run, check_length, check_words
+from genfast.train.run import MOST, Run, check_length
 
 # What each field of `GANTraining` may be.
 RANGES = {
@@ -81,7 +82,7 @@ def train_gan(
     check_words(about)
     latent = _check(generator, discriminator, samples, options, run)
     device, rng, objective = next(generator.parameters()).device, run.rng, options.objective
-    shape, gamma = (options.batch, *samples.shape), averages.power_gamma(options.ema)
+    shape, gamma = (options.batch // ranks.count(), *samples.shape), averages.power_gamma(options.ema)
     step = AdversarialStep(generator, discriminator, shape, latent, objective, lr=options.lr, betas=options.betas, capture=run.capture)
     decided: Row = {"generator": description(generator), "discriminator": description(discriminator), "objective": asdict(objective)}
     decided |= {"data": samples.digest, "device": device.type, "latent": latent}
@@ -148,7 +149,7 @@ def _check(generator: Any, discriminator: Any, samples: Any, options: GANTrainin
     supported = f"a network that maps samples of shape {tuple(samples.shape)} to logits (B,) or (B, 1)"
     probe("discriminator", discriminator, lambda: discriminator(x).flatten(), (1,), supported)
     group = getattr(getattr(discriminator, "config", None), "stddev_group", 1)
-    if options.batch > group and options.batch % group:
-        raise ValueError(f"batch: got {options.batch}, supported by this discriminator: 1 to {group}, or a multiple of {group}")
+    if (share := options.batch // ranks.count()) > group and share % group:
+        raise ValueError(f"batch: got {share}, supported by this discriminator: 1 to {group}, or a multiple of {group}")
     run.check_pictures(samples.shape)
     return int(latent)

@@ -15,8 +15,10 @@ LOCK = ".lock"  # the file that is locked; it says by whom
 
 
 @contextmanager
-def hold(out: str | Path) -> Iterator[Path]:
+def hold(out: str | Path, mine: bool = True) -> Iterator[Path]:
     """Make the directory ``out`` and keep every other run out of it for the length of the with block.
+
+    Of the processes of one run one holds it; the others, with ``mine`` False, only check its name.
 
     The lock is the kernel's (``flock``), so it ends with the process, however that ends; a file that a killed process left is
     taken over. Raises ValueError if ``out`` cannot be a directory or a run, of this process or another, is using it.
@@ -24,6 +26,9 @@ def hold(out: str | Path) -> Iterator[Path]:
     if not isinstance(out, str | os.PathLike) or not str(out):
         raise ValueError(f"out: got {out!r}, supported: the path of a directory")
     directory = Path(out)
+    if not mine:
+        yield directory
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

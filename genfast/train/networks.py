@@ -67,5 +67,11 @@ def description(net: nn.Module) -> dict[str, Any]:
     return {"class": f"{type(net).__module__}.{type(net).__qualname__}", "state": hashlib.sha256(shapes.encode()).hexdigest(), **own}
 
 
+def gradients_and_buffers(net: nn.Module) -> list[Tensor]:
+    """What the ranks of a run average after each backward pass: running statistics go with the gradients."""
+    buffers = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
+    return [parameter.grad for parameter in net.parameters() if parameter.grad is not None] + buffers
+
+
 def _json(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str) or (isinstance(value, list | tuple) and all(map(_json, value)))

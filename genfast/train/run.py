@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,13 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from genfast.checks import above_or_infinite, check, choice, flag, plain, settle, shown, tuple_of, whole
+from genfast import ranks
+from genfast.checks import above_or_infinite, check, choice, flag, settle, tuple_of, whole
 from genfast.files import write_atomically
 from genfast.impl import NAMESPACES
 from genfast.streams import MOST_SEED, RUN, VALIDATION
 from genfast.train.checkpoint import Stateful, flatten, keep_copies, read_checkpoint, restore, write_checkpoint
-from genfast.train.directory import Row, accept, check_foreign, plot_log, read_log
+from genfast.train.directory import Row, accept, check_foreign, described, plot_log, read_log
 from genfast.train.lock import hold
+from genfast.train.signals import Stopped, caught_signals
 from genfast.train.track import check_trackers, open_trackers
 
 MOST = 2**30  # steps, images a step, steps between what is written
@@ -47,14 +47,6 @@ RANGES = {
     "impl": choice("fused", "reference"),
     "progress": flag(),
 }
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal ended a run in good order: everything is saved. ``status`` is the process's exit status."""
-
-    def __init__(self, text: str, status: int) -> None:
-        super().__init__(text)
-        self.status = status
 
 
 @dataclass
@@ -101,7 +93,9 @@ class Run:
         """
         self.config = described({**vars(options), **more, "seed": self.seed})
         self.objects, self.save_weights, self.stopped = {**objects}, save_weights, ""
-        with hold(self.out) as self.directory, caught_signals() as self._signals:
+        if options.batch % ranks.count():
+            raise ValueError(f"batch: got {options.batch}, supported: a multiple of {ranks.count()}, the number of processes that share it")
+        with hold(self.out, ranks.rank() == 0) as self.directory, caught_signals() as self._signals:
             found = read_checkpoint(self.directory / "checkpoint.safetensors")
             self.done = 0 if found is None else accept(self.directory, found[1], self.config, extend)
             if found is None:
@@ -109,16 +103,21 @@ class Run:
             rows = read_log(self.directory / "log.jsonl", self.done)
             if found is not None:
                 restore(objects, found[0], found[1]["objects"])
-            self.rows, self._trackers = rows, open_trackers(self.track, self.directory, self.config)
-            write_atomically(self.directory / "config.json", json.dumps(self.config, indent=1).encode())
-            write_atomically(self.directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+            self.rows = rows
+            ranks.anyone(False)  # all of them have read before the first one writes
+            if ranks.rank() == 0:
+                self._trackers = open_trackers(self.track, self.directory, self.config)
+                write_atomically(self.directory / "config.json", json.dumps(self.config, indent=1).encode())
+                write_atomically(self.directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
             yield
 
     def steps(self, total: int) -> Iterator[int]:
         """The steps that are left of ``total``; between two of them the run saves, where that is due, and stops, where it has to."""
         self.total, self._started, self._samples = total, time.perf_counter(), 0
         self._pending: dict[str, list[tuple[int, Any]]] = {}
-        bar = tqdm(total=total, initial=self.done, unit="step", disable=not self.progress, mininterval=1.0, dynamic_ncols=True)
+        bar = tqdm(
+            total=total, initial=self.done, unit="step", disable=not self.progress or ranks.rank() > 0, mininterval=1.0, dynamic_ncols=True
+        )
         with bar:
             self._bar = bar
             while self.done < total and not self._out_of_patience():
@@ -126,14 +125,15 @@ class Run:
                 yield self.step
                 self.done += 1
                 bar.update()
-                late = time.perf_counter() - self._started > 60 * self.max_minutes
-                if self.due(self.checkpoint_every) or self._signals or late or self._out_of_patience():
+                late = ranks.anyone(time.perf_counter() - self._started > 60 * self.max_minutes)
+                interrupted = ranks.anyone(bool(self._signals))
+                if self.due(self.checkpoint_every) or interrupted or late or self._out_of_patience():
                     self._save()
                 if self.done == total or self._out_of_patience():
                     return
-                if self._signals:
+                if interrupted:
                     text = f"interrupted; the same command continues the run in {self.out}"
-                    raise Stopped(text, 128 + self._signals[0])
+                    raise Stopped(text, 128 + (self._signals or [signal.SIGTERM])[0])
                 if late:
                     self.stopped = f"stopped after {self.max_minutes:g} minutes at step {self.done} of {total}; "
                     self.stopped += f"the same command continues the run in {self.out}"
@@ -145,9 +145,9 @@ class Run:
         return every > 0 and ((self.step + 1) % every == 0 or self.step + 1 == self.total)
 
     def numbers(self, step: int, batch: int) -> NDArray[np.int64]:
-        """The global numbers of the samples of a step, ``batch`` of them."""
+        """This rank's share of the global numbers of the samples of a step, which are ``batch`` over all ranks."""
         self._samples += batch
-        return np.arange(step * batch, (step + 1) * batch)
+        return ranks.share(np.arange(step * batch, (step + 1) * batch))
 
     def seeds(self, numbers: NDArray[np.int64]) -> Tensor:
         """The seeds of the samples with these global numbers, from which everything random about them follows."""
@@ -166,13 +166,14 @@ class Run:
             self._pending.setdefault(name, []).append((self.step, value))
         if not self.due(self.log_every):
             return
-        row: Row = {"step": self.step + 1}
+        row: Row = {}
         for name, pairs in self._pending.items():
             for step, value in pairs:
                 self._check_finite(name, value, step)
             numbers = [float(value) for _, value in pairs]
             row[name] = sum(numbers) / len(numbers) if isinstance(pairs[-1][1], Tensor) else numbers[-1]
         self._pending.clear()
+        row = {"step": self.step + 1, **dict(zip(row, ranks.means(row.values()), strict=True))}
         self._bar.set_postfix({name: f"{value:.4f}" for name, value in row.items() if name.endswith("loss")}, refresh=False)
         self._append(row | {"images_per_second": round(self._samples / (time.perf_counter() - self._started), 1)})
 
@@ -180,9 +181,10 @@ class Run:
         """Take in a validation loss of the averaged weights."""
         best = min((row["validation_loss"] for row in self.rows if "validation_loss" in row), default=math.inf)
         self._append({"step": self.step + 1, "validation_loss": loss})
-        if self.keep_best and loss < best:
-            self.save_weights(self.directory / "best.safetensors")
-        plot_log(self.rows, self.directory / "loss.png")
+        if ranks.rank() == 0:
+            if self.keep_best and loss < best:
+                self.save_weights(self.directory / "best.safetensors")
+            plot_log(self.rows, self.directory / "loss.png")
 
     def check_pictures(self, shape: Sequence[int]) -> None:
         """Raises ValueError if pictures are wanted of samples that are none."""
@@ -197,9 +199,11 @@ class Run:
 
     def finish(self) -> Row:
         """End the run: the averaged weights as ema.safetensors, unless it was stopped. Returns the last row of the log."""
-        if not self.stopped:
-            self.save_weights(self.directory / "ema.safetensors")
-        plot_log(self.rows, self.directory / "loss.png")
+        if ranks.rank() == 0:
+            if not self.stopped:
+                self.save_weights(self.directory / "ema.safetensors")
+            plot_log(self.rows, self.directory / "loss.png")
+        ranks.anyone(False)  # the files are there for all of them
         return self.rows[-1] if self.rows else {}
 
     def _save(self) -> None:
@@ -207,6 +211,8 @@ class Run:
         tensors, structure = flatten(self.objects)
         for name, tensor in tensors.items():
             self._check_finite(name, tensor, self.step)
+        if ranks.rank():
+            return
         words = {"step": self.done, "config": self.config, "threads": torch.get_num_threads(), "torch": torch.__version__}
         path = self.directory / "checkpoint.safetensors"
         write_checkpoint(path, tensors, words | {"objects": structure})
@@ -230,6 +236,8 @@ class Run:
     def _append(self, row: Row) -> None:
         """Add a row to the log. Raises OSError that names the file."""
         self.rows.append(row)
+        if ranks.rank():
+            return
         for track in self._trackers:
             track(row)
         path = self.directory / "log.jsonl"
@@ -240,56 +248,6 @@ class Run:
             raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-@contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """The SIGINT or SIGTERM that came within the with block; a second one ends the process as it does elsewhere."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # which alone can take signals
-        yield received
-        return
-
-    def note(number: int, _: Any) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
-
-    before: dict[int, Any] = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for number in before:
-            signal.signal(number, note)
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def check_length(samples: int, name: str) -> None:
     """Raises ValueError unless so many training samples have numbers of their own, apart from those of validation."""
     check({name: whole(1, VALIDATION)}, {name: samples})
-
-
-def described(config: Mapping[str, Any]) -> Row:
-    """A configuration as it comes back from JSON, where tuples are lists."""
-    described: Row = json.loads(json.dumps({name: plain(value) for name, value in config.items()}))
-    return described
-
-
-def check_words(words: Mapping[str, Any] | None, taken: Sequence[str] = ()) -> None:
-    """Raises ValueError unless the words to save with the weights are JSON-able and none of their names is ``taken``."""
-    if words is None:
-        return
-    if not isinstance(words, Mapping) or not all(isinstance(name, str) for name in words):
-        raise ValueError(f"about: got {shown(words)}, supported: a dictionary by strings")
-    if both := sorted({*words} & {*taken}):
-        raise ValueError(f"about: got {both[0]!r}, which training writes itself, supported: other names")
-    try:
-        json.dumps(dict(words))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"about: got a value that JSON cannot hold ({error}), supported: strings, numbers, lists, dictionaries") from None
-
-
-def digest(*arrays: NDArray[Any] | None) -> str:
-    """The SHA-256 of arrays, their dtypes and shapes."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(b"none" if array is None else f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()

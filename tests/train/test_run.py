@@ -19,7 +19,7 @@ import torch
 from genfast import models
 from genfast.train import Run, diffusion
 from genfast.train.checkpoint import flatten, read_checkpoint, restore, write_checkpoint
-from genfast.train.run import Stopped
+from genfast.train.signals import Stopped
 
 TRAINERS: dict[str, Callable[..., Any]] = {"diffusion": tiny_run.run, "gan": tiny_gan.run}
 CONSTANT: dict[str, dict[str, Any]] = {"diffusion": {"lr_schedule": "constant", "warmup": 2}, "gan": {}}
