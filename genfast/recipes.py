@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,19 +179,17 @@ def fitted(config: Any, training: Any, samples: Samples, fixed: Mapping[str, Any
 
 
 def rehearse(given: Any, model: Any, samples: Samples, device: str, start: Callable[..., Any]) -> dict[str, Any]:
-    """What a run would be: its resolved options, and parameters, memory and time a step measured on three steps in a folder that goes."""
+    """What a run would be: its resolved options, and parameters, memory and time a step measured on a few steps in a folder that goes."""
     import resource
 
     import torch
 
-    seconds: dict[int, float] = {}
-    for steps in (1, 1, 4):  # the first warms everything up; the difference of the others is three steps
-        lazy = {"warmup": min(steps, given.training.warmup)} if hasattr(given.training, "warmup") else {}
-        with tempfile.TemporaryDirectory() as folder:
-            begun = time.perf_counter()
-            bookkeeping = replace(given.run, out=folder, progress=False, sample_every=0, validate_every=100, track=())
-            _, networks = start(replace(given.training, steps=steps, **lazy), bookkeeping)
-            seconds[steps] = time.perf_counter() - begun
+    steps = 5  # the first ones warm everything up
+    lazy = {"warmup": min(steps, given.training.warmup)} if hasattr(given.training, "warmup") else {}
+    with tempfile.TemporaryDirectory() as folder:
+        run = replace(given.run, out=folder, progress=False, sample_every=0, validate_every=100, track=())
+        _, networks = start(replace(given.training, steps=steps, **lazy), run)
+    seconds = [after - before for before, after in pairwise(run.begun)]
     weights = sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
     peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     options = {key: vars(part) for key, part in (("setting", given.setting), ("model", model), ("training", given.training))}
@@ -202,9 +200,9 @@ def rehearse(given: Any, model: Any, samples: Samples, device: str, start: Calla
         "device": device,
         "samples": f"{len(samples)} of shape {tuple(samples.shape)}, {len(samples.classes)} classes",
         "parameters": [sum(p.numel() for p in network.parameters()) for network in networks],
-        "memory": f"{5 * weights / 2**20:.0f} MiB for weights, gradients, Adam and average; {peak / 2**20:.0f} MiB at most in three steps",
+        "memory": f"{5 * weights / 2**20:.0f} MiB for weights, gradients, Adam and average; {peak / 2**20:.0f} MiB at most in these steps",
         "global batch": given.training.batch,
-        "seconds a step": round((seconds[4] - seconds[1]) / 3, 4),
+        "seconds a step": round(sum(seconds) / len(seconds), 4),
     }
 
 

@@ -7,6 +7,7 @@ import math
 import signal
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ class Run:
         self.rng: Any = NAMESPACES[self.impl]
         self.directory, self.config, self.objects, self.rows = Path(), Row(), dict[str, Stateful](), list[Row]()
         self.step = self.done = self.total = 0  # the step in hand, steps done, steps wanted
+        self.begun: deque[float] = deque(maxlen=4)  # when the latest steps began, in seconds of time.perf_counter
         self._trackers: list[Callable[[Row], None]] = []
         self.stopped = ""  # why the run ended before its last step, as a sentence
         self.save_weights: Callable[[Path], None] = lambda path: None
@@ -122,6 +124,7 @@ class Run:
             self._bar = bar
             while self.done < total and not self._out_of_patience():
                 self.step = self.done
+                self.begun.append(time.perf_counter())
                 yield self.step
                 self.done += 1
                 bar.update()
