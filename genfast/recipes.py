@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from genfast.checks import check, nearest, whole
 
@@ -62,6 +62,25 @@ RECIPES = {
         {"size": 32, "image_channels": 1, "channel_base": 1024, "body": "bfloat16"},
         {"lr": 2e-3, "betas": (0.0, 0.99), "objective": _LAZY},
     ),
+    "fashion-ae": Recipe(
+        "convolutional autoencoder on Fashion-MNIST; samples from a Gaussian fitted to its latents",
+        "autoencoder",
+        "vae",
+        "fashion",
+        {"variational": False},
+    ),
+    "fashion-vae": Recipe("convolutional variational autoencoder on Fashion-MNIST", "autoencoder", "vae", "fashion"),
+    "fashion-dense-vae": Recipe(
+        "fully connected variational autoencoder on Fashion-MNIST", "autoencoder", "vae", "fashion", {"layers": "dense"}
+    ),
+    "fashion-beta-vae": Recipe(
+        "beta-VAE on Fashion-MNIST: a few latent dimensions, each of which means something",
+        "autoencoder",
+        "vae",
+        "fashion",
+        {"latent": 10},
+        {"beta": 4.0, "beta_warmup": 500},
+    ),
     "fashion-r3gan": Recipe(
         "R3GAN on Fashion-MNIST at 32x32, the relativistic loss with R1 and R2",
         "r3gan",
@@ -104,7 +123,7 @@ def experiment(name: str) -> type[Any]:
     options = dict(recipe.training)
     if "objective" in options:
         options["objective"] = train.Objective(**options["objective"])
-    training = {"diffusion": train.DiffusionTraining, "gan": train.GANTraining}[recipe.trainer](**options)
+    training = getattr(train, TRAINERS[recipe.trainer].options)(**options)
     parts: dict[str, Any] = {"setting": Setting(recipe.data), "model": FAMILIES[recipe.family].config(**recipe.model), "training": training}
     parts["run"] = train.Run(Path("runs") / name)
     made = [(key, type(part), field(default_factory=partial(lambda part: part, part))) for key, part in parts.items()]
@@ -121,7 +140,7 @@ def run(name: str, given: Any) -> None:
     from genfast.models import FAMILIES
 
     recipe, device = find(name), ranks.join(usable(given.setting.device))
-    family, train = FAMILIES[recipe.family], TRAINERS[recipe.trainer]
+    family, train = FAMILIES[recipe.family], TRAINERS[recipe.trainer].start
     samples = open_samples(given.setting.data)
     model = fitted(given.model, given.training, samples, recipe.model)
 
@@ -139,11 +158,16 @@ def run(name: str, given: Any) -> None:
 def _train_diffusion(networks: list[Any], samples: Any, training: Any, run: Any, setting: Setting) -> dict[str, Any]:
     from genfast.train import train_diffusion
 
-    check({"validation": whole(0, len(samples) - 1)}, {"validation": setting.validation})
+    kept, held_out = _parts(samples, setting)
     about = {"data": setting.data, "classes": list(samples.classes)}
-    kept, held_out = samples.hold_out(setting.validation) if setting.validation else (samples, None)
-    (net,) = networks
-    return train_diffusion(net, kept, training, run, validation=held_out, about=about)
+    return train_diffusion(networks[0], kept, training, run, validation=held_out, about=about)
+
+
+def _train_vae(networks: list[Any], samples: Any, training: Any, run: Any, setting: Setting) -> dict[str, Any]:
+    from genfast.train import train_vae
+
+    kept, held_out = _parts(samples, setting)
+    return train_vae(networks[0], kept, training, run, validation=held_out, about={"data": setting.data})
 
 
 def _train_gan(networks: list[Any], samples: Any, training: Any, run: Any, setting: Setting) -> dict[str, Any]:
@@ -156,7 +180,24 @@ def _train_gan(networks: list[Any], samples: Any, training: Any, run: Any, setti
     return train_gan(generator, discriminator, samples, training, run, about={"data": setting.data})
 
 
-TRAINERS: dict[str, Callable[..., dict[str, Any]]] = {"diffusion": _train_diffusion, "gan": _train_gan}
+def _parts(samples: Any, setting: Setting) -> tuple[Any, Any]:
+    """Samples to train on, and those held out or None."""
+    check({"validation": whole(0, len(samples) - 1)}, {"validation": setting.validation})
+    return samples.hold_out(setting.validation) if setting.validation else (samples, None)
+
+
+class Trainer(NamedTuple):
+    """How a recipe's trainer is called."""
+
+    options: str  # name of its dataclass in genfast.train
+    start: Callable[..., dict[str, Any]]  # (networks, samples, options, run, setting) -> the last row of the log
+
+
+TRAINERS = {
+    "diffusion": Trainer("DiffusionTraining", _train_diffusion),
+    "gan": Trainer("GANTraining", _train_gan),
+    "vae": Trainer("VAETraining", _train_vae),
+}
 
 
 def fitted(config: Any, training: Any, samples: Samples, fixed: Mapping[str, Any]) -> Any:

@@ -69,32 +69,20 @@ def test_train_then_sample(bars: None, tmp_path: Path, capsys: pytest.CaptureFix
     assert "--seeds: got '7-3'" in sentence(capsys)
 
 
+# Options that make the recipes of each family small and short.
 TINY = {
-    "fashion-unet": ["--channels", "8", "--blocks", "1", "--attention", "False", "--warmup", "1", "--validation", "10"],
-    "fashion-dcgan": ["--channels", "4", "--latent", "4"],
-    "fashion-stylegan2": ["--channel-base", "64", "--channel-max", "8", "--latent", "4", "--mapping-layers", "2"],
-    "fashion-r3gan": ["--channel-base", "256", "--channel-max", "8", "--latent", "4"],
+    "unet": "--channels 8 --blocks 1 --attention False --warmup 1 --validation 10",
+    "dcgan": "--channels 4 --latent 4 --size 8",
+    "stylegan2": "--channel-base 64 --channel-max 8 --latent 4 --mapping-layers 2 --size 16",
+    "r3gan": "--channel-base 256 --channel-max 8 --latent 4 --size 16",
+    "autoencoder": "--channels 4 --latent 4 --size 8 --warmup 1 --validation 10",
 }
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_runs_and_says_what_it_would_run(name: str, bars: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    size = [] if name == "fashion-unet" else ["--size", "8" if name == "fashion-dcgan" else "16"]
-    words = [
-        "train",
-        name,
-        "--data",
-        "bars",
-        "--steps",
-        "4",
-        "--batch",
-        "4",
-        "--out",
-        str(tmp_path / "run"),
-        "--no-progress",
-        *size,
-        *TINY[name],
-    ]
+    words = ["train", name, "--out", str(tmp_path / "run")]
+    words += f"--data bars --steps 4 --batch 4 --no-progress {TINY[RECIPES[name].family]}".split()
     before = sorted(tmp_path.iterdir())
     assert cli.main([*words, "--dry-run"]) == 0
     said = json.loads(capsys.readouterr().out)
@@ -129,7 +117,7 @@ def test_the_data_decide_the_shape(bars: None, tmp_path: Path, capsys: pytest.Ca
         "bars",
         "--out",
         str(tmp_path / "run"),
-        *TINY["fashion-unet"],
+        *TINY["unet"].split(),
         "--steps",
         "1",
         "--batch",
@@ -146,7 +134,7 @@ def test_the_data_decide_the_shape(bars: None, tmp_path: Path, capsys: pytest.Ca
         "bars",
         "--out",
         str(tmp_path / "gan"),
-        *TINY["fashion-dcgan"],
+        *TINY["dcgan"].split(),
         "--steps",
         "1",
         "--batch",

@@ -4,5 +4,16 @@ from genfast.train.adversarial import AdversarialStep, Objective
 from genfast.train.diffusion import DiffusionTraining, train_diffusion
 from genfast.train.gan import GANTraining, train_gan
 from genfast.train.run import Run
+from genfast.train.vae import VAETraining, train_vae
 
-__all__ = ["AdversarialStep", "DiffusionTraining", "GANTraining", "Objective", "Run", "train_diffusion", "train_gan"]
+__all__ = [
+    "AdversarialStep",
+    "DiffusionTraining",
+    "GANTraining",
+    "Objective",
+    "Run",
+    "VAETraining",
+    "train_diffusion",
+    "train_gan",
+    "train_vae",
+]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +25,7 @@ from genfast.train import average as averages
 from genfast.train.directory import Row, check_words, digest
 from genfast.train.networks import Call, Called, check_module, description, gradients_and_buffers, probe
 from genfast.train.objectives import Prediction, diffusion_loss, network_input
+from genfast.train.rates import learning_rate
 from genfast.train.run import MOST, Run, check_length
 
 PROCESSES = ("cosine", "linear", "scaled_linear", "flow")
@@ -96,14 +96,6 @@ class DiffusionTraining:
         process: NoiseSchedule = make()
         return process
 
-    def learning_rate(self, step: int) -> float:
-        """Of the optimizer in this step, 0 being the first."""
-        if step < self.warmup:
-            return self.lr * ((step + 1) / self.warmup)
-        if self.lr_schedule == "constant":
-            return self.lr
-        return self.lr * (0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup))))
-
 
 def train_diffusion(
     net: nn.Module,
@@ -169,13 +161,13 @@ def train_diffusion(
 
             # One step of AdamW.
             for group in optimizer.param_groups:
-                group["lr"] = options.learning_rate(step)
+                group["lr"] = learning_rate(options, step)
             optimizer.zero_grad()
             loss = diffusion_loss(predict, x0, t, n, y, min_snr=options.min_snr, autocast=options.autocast, **loss_options).mean()
             loss.backward()  # type: ignore[no-untyped-call]
             ranks.average_(gradients_and_buffers(net))
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), options.clip_grad)
-            run.log(loss=loss, grad_norm=norm, lr=options.learning_rate(step))
+            run.log(loss=loss, grad_norm=norm, lr=learning_rate(options, step))
             optimizer.step()
             average.update(net, step + 1)
 

@@ -180,10 +180,10 @@ class Run:
         self._bar.set_postfix({name: f"{value:.4f}" for name, value in row.items() if name.endswith("loss")}, refresh=False)
         self._append(row | {"images_per_second": round(self._samples / (time.perf_counter() - self._started), 1)})
 
-    def validated(self, loss: float) -> None:
-        """Take in a validation loss of the averaged weights."""
+    def validated(self, loss: float, **figures: float) -> None:
+        """Take in a validation loss of the averaged weights, and other figures of the same samples."""
         best = min((row["validation_loss"] for row in self.rows if "validation_loss" in row), default=math.inf)
-        self._append({"step": self.step + 1, "validation_loss": loss})
+        self._append({"step": self.step + 1, "validation_loss": loss, **figures})
         if ranks.rank() == 0:
             if self.keep_best and loss < best:
                 self.save_weights(self.directory / "best.safetensors")
