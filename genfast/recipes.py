@@ -81,6 +81,19 @@ RECIPES = {
         {"latent": 10},
         {"beta": 4.0, "beta_warmup": 500},
     ),
+    "fashion-vaegan": Recipe(
+        "VAE-GAN on Fashion-MNIST: an autoencoder that is judged by a discriminator's features instead of by pixels",
+        "vaegan",
+        "vaegan",
+        "fashion",
+    ),
+    "fashion-mlp-gan": Recipe(
+        "the first GAN: fully connected layers on Fashion-MNIST, the logistic loss",
+        "mlp_gan",
+        "gan",
+        "fashion",
+        training={"steps": 12000},
+    ),
     "fashion-r3gan": Recipe(
         "R3GAN on Fashion-MNIST at 32x32, the relativistic loss with R1 and R2",
         "r3gan",
@@ -170,6 +183,13 @@ def _train_vae(networks: list[Any], samples: Any, training: Any, run: Any, setti
     return train_vae(networks[0], kept, training, run, validation=held_out, about={"data": setting.data})
 
 
+def _train_vaegan(networks: list[Any], samples: Any, training: Any, run: Any, setting: Setting) -> dict[str, Any]:
+    from genfast.train import train_vaegan
+
+    kept, held_out = _parts(samples, setting)
+    return train_vaegan(networks[0], networks[1], kept, training, run, validation=held_out, about={"data": setting.data})
+
+
 def _train_gan(networks: list[Any], samples: Any, training: Any, run: Any, setting: Setting) -> dict[str, Any]:
     from genfast.data import PaddedSamples
     from genfast.train import train_gan
@@ -197,6 +217,7 @@ TRAINERS = {
     "diffusion": Trainer("DiffusionTraining", _train_diffusion),
     "gan": Trainer("GANTraining", _train_gan),
     "vae": Trainer("VAETraining", _train_vae),
+    "vaegan": Trainer("VAEGANTraining", _train_vaegan),
 }
 
 

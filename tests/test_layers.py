@@ -23,7 +23,7 @@ ALLOWED = {
     "ranks": set(),
     "request": {"checks"},
     "ops": {"_library", "reference"},
-    "nn": {"impl", "ops", "reference"},
+    "nn": {"impl", "ops", "ranks", "reference", "streams"},
     "models": {"checks", "files", "impl", "nn", "ops", "request", "samplers", "schedules", "streams"},
     "samplers": {"impl", "ops", "reference", "schedules", "streams"},
     "compat": {"ops", "reference", "samplers", "schedules"},

@@ -191,11 +191,12 @@ def initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _generate(model: Model, request: Request) -> Tensor:
+def from_prior(model: Model, request: Request) -> Tensor:
+    """What an `Autoencoder` makes of latents from its prior, each by its seed (stream 0, draw 0)."""
     seeds = torch.tensor(request.seeds, device=model.device)
     rng = NAMESPACES[request.options.impl]
     images: Tensor = model.net(rng.normal(seeds, (len(seeds), model.net.config.latent), stream=SAMPLING) * request.options.truncation)
     return images
 
 
-FAMILY = Family(AutoencoderConfig, Autoencoder, _generate)
+FAMILY = Family(AutoencoderConfig, Autoencoder, from_prior)

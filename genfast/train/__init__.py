@@ -5,6 +5,7 @@ from genfast.train.diffusion import DiffusionTraining, train_diffusion
 from genfast.train.gan import GANTraining, train_gan
 from genfast.train.run import Run
 from genfast.train.vae import VAETraining, train_vae
+from genfast.train.vaegan import VAEGANTraining, train_vaegan
 
 __all__ = [
     "AdversarialStep",
@@ -12,8 +13,10 @@ __all__ = [
     "GANTraining",
     "Objective",
     "Run",
+    "VAEGANTraining",
     "VAETraining",
     "train_diffusion",
     "train_gan",
     "train_vae",
+    "train_vaegan",
 ]

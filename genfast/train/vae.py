@@ -95,7 +95,7 @@ def train_vae(
     or a gradient is not finite.
     """
     device, rng = check_module("net", net), run.rng
-    _check(net, samples, validation, about, run, device)
+    check_autoencoder(net, samples, validation, about, run, device)
     average = averages.Average(net, options.ema)
     optimizer = torch.optim.AdamW(net.parameters(), lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)
     decided: Row = {"network": description(net), "data": samples.digest, "device": device.type}
@@ -140,7 +140,7 @@ def train_vae(
                 nats = bound(average.net, validation, run)
                 run.validated(nats, bits_per_dimension=net.bits_per_dimension(nats))
             if run.due(run.sample_every):
-                run.picture(_preview(average.net, samples, run))
+                run.picture(preview(average.net, samples, run))
         net.load_state_dict(average.state_dict())
         return run.finish()
 
@@ -194,7 +194,7 @@ def _latents(net: Any, samples: Samples, run: Run, batch: int = 250) -> Tensor:
 
 
 @torch.no_grad()
-def _preview(net: Any, samples: Samples, run: Run) -> bytes:
+def preview(net: Any, samples: Samples, run: Run) -> bytes:
     """A PNG: 32 pictures with their reconstructions below each row, then 32 samples as `genfast sample` draws them."""
     device = next(net.parameters()).device
     x = network_input(samples.batch(np.arange(32), run.seed).x, device)
@@ -211,7 +211,7 @@ def _there_and_back(net: Any, x: Tensor, n: Tensor) -> Any:
     return net.decode(z)
 
 
-def _check(net: Any, samples: Any, validation: Any, about: Any, run: Run, device: torch.device) -> None:
+def check_autoencoder(net: Any, samples: Any, validation: Any, about: Any, run: Run, device: torch.device) -> None:
     """Raises ValueError unless the objects that training is given fit each other."""
     check_words(about)
     for name in ("bottleneck", "decode", "reconstruction_loss", "noise_shape"):

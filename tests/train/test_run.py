@@ -15,6 +15,7 @@ import pytest
 import tiny_gan
 import tiny_run
 import tiny_vae
+import tiny_vaegan
 import torch
 
 from genfast import models
@@ -22,7 +23,7 @@ from genfast.train import Run, diffusion
 from genfast.train.checkpoint import flatten, read_checkpoint, restore, write_checkpoint
 from genfast.train.signals import Stopped
 
-TRAINERS: dict[str, Callable[..., Any]] = {"diffusion": tiny_run.run, "gan": tiny_gan.run, "vae": tiny_vae.run}
+TRAINERS: dict[str, Callable[..., Any]] = {"diffusion": tiny_run.run, "gan": tiny_gan.run, "vae": tiny_vae.run, "vaegan": tiny_vaegan.run}
 CONSTANT: dict[str, dict[str, Any]] = {
     "diffusion": {"lr_schedule": "constant", "warmup": 2},
     "gan": {},
