@@ -24,11 +24,9 @@ from genfast.train.checkpoint import flatten, read_checkpoint, restore, write_ch
 from genfast.train.signals import Stopped
 
 TRAINERS: dict[str, Callable[..., Any]] = {"diffusion": tiny_run.run, "gan": tiny_gan.run, "vae": tiny_vae.run, "vaegan": tiny_vaegan.run}
-CONSTANT: dict[str, dict[str, Any]] = {
-    "diffusion": {"lr_schedule": "constant", "warmup": 2},
-    "gan": {},
-    "vae": {"lr_schedule": "constant", "warmup": 2},
-}
+# Options with which no step depends on the number of steps.
+FLAT = {"lr_schedule": "constant", "warmup": 2}
+CONSTANT: dict[str, dict[str, Any]] = {"diffusion": FLAT, "gan": {}, "vae": FLAT, "vaegan": {}}
 
 
 def rows(out: Path, name: str = "step") -> list[Any]:
