@@ -94,6 +94,14 @@ RECIPES = {
         "fashion",
         training={"steps": 12000},
     ),
+    "fashion-progan": Recipe(
+        "progressive GAN on Fashion-MNIST, from 4x4 to 32x32, the Wasserstein loss with a gradient penalty",
+        "progan",
+        "gan",
+        "fashion",
+        {"size": 32, "image_channels": 1, "channel_base": 1024, "channel_max": 64},
+        {"steps": 6000, "lr": 1e-3, "betas": (0.0, 0.99), "objective": {"loss": "wgan", "gradient_penalty": 10.0}},
+    ),
     "fashion-r3gan": Recipe(
         "R3GAN on Fashion-MNIST at 32x32, the relativistic loss with R1 and R2",
         "r3gan",

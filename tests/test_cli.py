@@ -76,6 +76,7 @@ TINY = {
     "stylegan2": "--channel-base 64 --channel-max 8 --latent 4 --mapping-layers 2 --size 16",
     "r3gan": "--channel-base 256 --channel-max 8 --latent 4 --size 16",
     "vaegan": "--channels 4 --critic-channels 4 --latent 4 --size 8 --validation 10",
+    "progan": "--channel-base 64 --channel-max 8 --latent 4 --size 16",
     "mlp_gan": "--widths 8 16 --latent 4 --size 8",
     "autoencoder": "--channels 4 --latent 4 --size 8 --warmup 1 --validation 10",
 }

@@ -37,9 +37,9 @@ def accept(out: Path, state: Mapping[str, Any], config: Mapping[str, Any], exten
         key, mine, theirs = difference
         if key == "steps":
             raise ValueError(
-                f"steps: got {mine}, but the run in {out} has {theirs}, and its learning rate falls along a cosine that ends there, "
-                "so that another number is another run from the first step on; choose another directory, or train with a constant "
-                "learning rate"
+                f"steps: got {mine}, but the run in {out} has {theirs}, and its steps depend on that number (a learning rate that falls "
+                "along a cosine, or networks that grow), so that another number is another run from the first step on; choose another "
+                "directory, or train with a constant learning rate"
             )
         raise ValueError(
             f"{key}: got {shown(mine)}, but the run in {out} has {shown(theirs)}; continue it with the same arguments, "

@@ -55,8 +55,8 @@ class GANTraining:
 
 
 def train_gan(
-    generator: nn.Module,
-    discriminator: nn.Module,
+    generator: Any,
+    discriminator: Any,
     samples: Samples,
     options: GANTraining,
     run: Run,
@@ -68,7 +68,8 @@ def train_gan(
     Both are any torch modules, trained in place, on one device: latents (B, L) to samples (B, C, H, W), and those to logits (B,) or (B, 1).
     ``about`` are further JSON-able words to save with the weights. Images are scaled to [-1, 1], latents are standard normal. One step is
     ``critic_steps`` updates of the discriminator, each on images and latents of its own, then one of the generator (`AdversarialStep`).
-    The average holds the running statistics of the batch norms, too.
+    The average holds the running statistics of the batch norms, too. Networks with ``grow(progress)``, as `genfast.models.progan` has
+    them, are told the share of the run before each step, and real images go through the discriminator's ``softened``.
 
     The run's directory receives what docs/training.md lists, at the end the averaged generator as ema.safetensors, which
     `genfast.models.load` reads. A run that was killed at any moment continues from its last checkpoint when called again
@@ -86,20 +87,26 @@ def train_gan(
     step = AdversarialStep(generator, discriminator, shape, latent, objective, lr=options.lr, betas=options.betas, capture=run.capture)
     decided: Row = {"generator": description(generator), "discriminator": description(discriminator), "objective": asdict(objective)}
     decided |= {"data": samples.digest, "device": device.type, "latent": latent}
+    growing: Any = hasattr(generator, "grow") and hasattr(discriminator, "softened")
     generator.train()
     discriminator.train()
 
     def save(path: Any) -> None:
         save_model(generator, path, step.average, **(about or {}))
 
-    with run.begin(options, decided, {"step": step}, save, extend=True):
+    with run.begin(options, decided, {"step": step}, save, extend=not growing):
         for number in run.steps(options.steps):
+            if growing:  # networks that grow say how large they are at this share of the run
+                for network in (generator, discriminator):
+                    network.grow(number / options.steps)
+
             # The discriminator's updates, each on samples of its own, and everything random about them.
             for update in range(number * options.critic_steps, (number + 1) * options.critic_steps):
                 numbers = run.numbers(update, options.batch)
                 seeds = run.seeds(numbers).to(device)
                 z = rng.normal(seeds, (len(seeds), latent), stream=MODEL_NOISE, draw=D_DRAW)
-                step.load(real=network_input(samples.batch(numbers, run.seed).x, device), z_d=z)
+                real = network_input(samples.batch(numbers, run.seed).x, device)
+                step.load(real=discriminator.softened(real) if growing else real, z_d=z)
                 if "seeds" in step.inputs:
                     step.load(seeds=seeds)
                 if "mix" in step.inputs:
@@ -152,4 +159,6 @@ def _check(generator: Any, discriminator: Any, samples: Any, options: GANTrainin
     if (share := options.batch // ranks.count()) > group and share % group:
         raise ValueError(f"batch: got {share}, supported by this discriminator: 1 to {group}, or a multiple of {group}")
     run.check_pictures(samples.shape)
+    if run.capture and hasattr(generator, "grow"):
+        raise ValueError("capture: got True with networks that grow, supported: False, because a graph replays what it recorded")
     return int(latent)
