@@ -1,7 +1,6 @@
-"""The ``genfast`` command. Every option is a parameter below or a field of a dataclass, which says its meaning, unit and default.
+"""The ``genfast`` command. Every option is a parameter or a field of a dataclass that says its meaning, unit and default.
 
-Heavy imports (torch) happen inside the commands, so that --help is instant.
-"""
+Heavy imports (torch) happen inside the commands, so that --help is instant."""
 
 from __future__ import annotations
 
@@ -14,6 +13,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from genfast.explore import explore
 from genfast.failure import dispatch, guarded, parse
 from genfast.request import SamplingOptions
 
@@ -109,11 +109,11 @@ def info(words: Sequence[str]) -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "data list": data_list, "data fetch": data_fetch, "data check": data_check,
-    "train": train, "sample": sample, "eval": evaluate, "bench": bench, "info": info,
+    "train": train, "sample": sample, "eval": evaluate, "explore": explore, "bench": bench, "info": info,
 }  # fmt: skip
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status (`failure.guarded`); without ``words`` it is the process's, which ends with it."""
+    """Run the command line and return its exit status (`failure.guarded`); without ``words`` the process ends with it."""
     status = guarded(lambda: dispatch(COMMANDS, [*(sys.argv[1:] if words is None else words)], as_they_are=(train, bench, info)))
     return status if words is not None else sys.exit(status)

@@ -93,7 +93,7 @@ def to_files(path: str | Path, out: Path, seeds: str, labels: str | None, device
     if labels is not None and not model.classes:
         raise ValueError(f"--labels: got {labels!r}, supported: none, because this model has no classes")
     chosen = [*range(len(model.classes))] if labels is None else [_label(word, model.classes) for word in labels.split(",")]
-    numbers = _numbers(seeds, MOST_SAMPLES // max(1, len(chosen)))
+    numbers = seed_numbers(seeds, MOST_SAMPLES // max(1, len(chosen)))
     request = every(chosen, numbers, options) if chosen else Request(numbers, None, options)
     rows = [model.classes[label] for label in chosen]
     names = [f"{row.replace(' ', '-').lower()}-{seed:06d}" for row in rows for seed in numbers] or [f"{seed:06d}" for seed in numbers]
@@ -115,7 +115,7 @@ def _label(word: str, classes: Sequence[str]) -> int:
     raise ValueError(f"--labels: got {word!r}, supported: {', '.join(f'{i} ({name})' for i, name in enumerate(classes))}")
 
 
-def _numbers(text: str, most: int) -> list[int]:
+def seed_numbers(text: str, most: int) -> list[int]:
     """ "0-7" or "3,5,8-9" as a list of at most ``most`` numbers."""
     ranges = []
     for part in text.split(","):

@@ -28,6 +28,7 @@ ALLOWED = {
     "samplers": {"impl", "ops", "reference", "schedules", "streams"},
     "compat": {"ops", "reference", "samplers", "schedules"},
     "data": {"checks", "ops", "streams"},
+    "explore": {"data", "files", "generate", "media", "models", "ops", "request", "streams"},
     "generate": {"__version__", "checks", "device", "media", "models", "ranks", "request"},
     "media": {"files"},
     "train": {"checks", "data", "files", "generate", "impl", "media", "models", "ranks", "samplers", "schedules", "streams"},
