@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
-from genfast.generate import generate, open_model
 from genfast.request import Request
 
 if TYPE_CHECKING:
@@ -77,6 +76,8 @@ def nearest(model: Model, samples: Samples, seeds: list[int]) -> Tensor:
     import numpy as np
     import torch
 
+    from genfast.generate import generate
+
     classes = len(model.classes)
     drawn = generate(model, Request(seeds, [seed % classes for seed in seeds] if classes else None)).cpu().clamp(-1, 1)
     distances, batch, count = [], 2000, min(len(samples), MOST_SEARCHED)
@@ -121,7 +122,7 @@ def explore(model: Positional[Path], out: Path | None = None, seeds: str = "0-7"
     from genfast import media
     from genfast.data import open_samples
     from genfast.files import write_atomically
-    from genfast.generate import seed_numbers
+    from genfast.generate import open_model, seed_numbers
 
     numbers = seed_numbers(seeds, 64)
     found = open_model(model, device)
