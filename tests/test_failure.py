@@ -17,6 +17,8 @@ import tiny_run
 
 from genfast import cli, failure, models
 from genfast.models import UNet
+from genfast.models.families import FAMILIES
+from genfast.recipes import RECIPES
 
 # The command line on the bars of tiny_run, in a process of its own.
 COMMAND = """
@@ -170,7 +172,7 @@ def test_a_reader_that_goes_is_no_error() -> None:
         ("train fashion-unet --out {tmp}/o --label-drop 0.1", "Unrecognized options: --label-drop, 0.1; did you mean --label-dropout?"),
         ("train fashion-unet --out {tmp}/o --track tensorboards", "--track"),
         ("train fashion-unet --out {tmp}/o --capture --validation 10", "capture: got True, supported: False, because only adversarial"),
-        ("train", "recipe: got '', supported: fashion-unet, fashion-dcgan, fashion-stylegan2, fashion-r3gan"),
+        ("train", f"recipe: got '', supported: {', '.join(RECIPES)}"),
         ("train fashion-unett", "recipe: got 'fashion-unett', supported: fashion-unet, .*; did you mean 'fashion-unet'?"),
         ("train fashion-dcgan --out {tmp}/o --size 16384", "size: got 16384, supported: an integer from 1 to 1024"),
         ("train fashion-dcgan --out {tmp}/o --size 4", "size: got 4, supported: 4, 5, 6 or 7 times a power of 2"),
@@ -220,7 +222,7 @@ def test_wrong_commands_are_one_line(
         (lambda words: words["config"].update(channels=[-4]), "cannot rebuild .*channels: got"),
         (lambda words: words.update(config=None), "has no description of its network"),
         (lambda words: words.update(about=[]), "has no description of its network"),
-        (lambda words: words.update(family="dit"), r"holds a network of 'dit', supported: dcgan, r3gan, stylegan2, unet"),
+        (lambda words: words.update(family="dots"), f"holds a network of 'dots', supported: {', '.join(FAMILIES)}"),
         (lambda words: words["about"].pop("prediction"), "does not say its prediction"),
         (lambda words: words["about"].update(prediction="score"), "description is wrong .*prediction: got 'score'"),
         (lambda words: words["about"].update(noise_steps=-3), "description is wrong .*noise_steps: got -3"),
